@@ -1,0 +1,51 @@
+"""Compiles ext/creto_hotpath and says which folders are packages; everything else stands in pyproject.toml.
+
+Each root below is a source root holding uniquely named packages. ``policies/`` has no code: it is installed as the
+data package ``creto_policies``, so that the files a reader sees in the checkout are the files that run.
+"""
+
+from pathlib import Path
+
+from Cython.Build import cythonize
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CCompilerError, ExecError, PlatformError
+
+ROOTS = ("proxy", "plugins", "ext")
+
+packages = {name: root for root in ROOTS for name in find_packages(root)}
+locations = {name: f"{root}/{name}" for name, root in packages.items() if "." not in name}
+
+hotpath = Path("ext/creto_hotpath")
+extensions = [
+    Extension(
+        f"creto_hotpath.{source.stem}",
+        [str(source)],
+        include_dirs=[str(hotpath)],
+        depends=[str(header) for header in sorted(hotpath.glob("*.h"))],
+        extra_compile_args=["-O3"],
+    )
+    for source in sorted(hotpath.glob("*_c.pyx"))
+]
+
+
+class Compile(build_ext):
+    """build_ext that says what is missing when there is no compiler: the compiled path is not optional."""
+
+    def build_extensions(self) -> None:
+        try:
+            super().build_extensions()
+        except (CCompilerError, ExecError, PlatformError) as error:
+            raise SystemExit(
+                f"creto: cannot compile its request path: {error}\n"
+                "It needs a C compiler and the Python headers. Debian and Ubuntu: apt-get install gcc python3-dev"
+            ) from error
+
+
+setup(
+    packages=[*packages, "creto_policies"],
+    package_dir={**locations, "creto_policies": "policies"},
+    # build_dir keeps generated C out of the tree and out of the wheel.
+    ext_modules=cythonize(extensions, build_dir="build", include_path=["ext"], language_level=3),
+    cmdclass={"build_ext": Compile},
+)
