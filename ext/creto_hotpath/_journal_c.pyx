@@ -1,0 +1,404 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
+# cython: embedsignature=False, binding=False
+"""An append-only log of records that survives a killed process. Compiled form of ``_journal_py``.
+
+Records are encoded straight into the write buffer, so an append allocates nothing once the buffer has grown to the
+size of a busy turn.
+"""
+
+import os
+
+cimport cython
+
+from creto_hotpath import _journal_file as files
+
+from cpython.bytearray cimport PyByteArray_AS_STRING, PyByteArray_Check, PyByteArray_GET_SIZE
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_Check, PyBytes_GET_SIZE
+from cpython.dict cimport PyDict_Check, PyDict_Next, PyDict_Size
+from cpython.exc cimport PyErr_CheckSignals
+from cpython.float cimport PyFloat_AS_DOUBLE, PyFloat_Check
+from cpython.list cimport PyList_Check, PyList_GET_ITEM, PyList_GET_SIZE
+from cpython.long cimport PyLong_Check
+from cpython.mem cimport PyMem_Free, PyMem_Malloc, PyMem_Realloc
+from cpython.object cimport PyObject
+from cpython.tuple cimport PyTuple_Check, PyTuple_GET_ITEM, PyTuple_GET_SIZE
+from cpython.unicode cimport PyUnicode_Check
+from libc.errno cimport EINTR, errno
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.string cimport memcpy, memmove, strerror
+
+cdef extern from "Python.h":
+    const char *PyUnicode_AsUTF8AndSize(object, Py_ssize_t *) except NULL
+    long long PyLong_AsLongLongAndOverflow(object, int *) except? -1
+    unsigned long long PyLong_AsUnsignedLongLong(object) except? 0xFFFFFFFFFFFFFFFF
+
+cdef extern from "unistd.h" nogil:
+    ssize_t write(int, const void *, size_t)
+    int fdatasync(int)
+
+cdef extern from "_native.h" nogil:
+    void cr_crc_init()
+    uint32_t cr_crc_soft(uint32_t, const unsigned char *, size_t)
+    uint32_t cr_crc_hard(uint32_t, const unsigned char *, size_t)
+    bint cr_crc_has_hard()
+
+cr_crc_init()
+
+cdef bint hard = cr_crc_has_hard()
+cdef int64_t LOWEST_INT32 = -(<int64_t>1 << 31)
+cdef uint32_t ONES = ~<uint32_t>0
+cdef Py_ssize_t HEADER_BYTES = files.HEADER_BYTES
+cdef Py_ssize_t MAX_PAYLOAD = files.MAX_PAYLOAD
+# msgpack-python's own limit, so that both forms refuse the same records
+cdef int DEEPEST = 511
+
+
+cdef inline uint32_t crc(const unsigned char *p, size_t n) noexcept nogil:
+    if hard:
+        return cr_crc_hard(ONES, p, n) ^ ONES
+    return cr_crc_soft(ONES, p, n) ^ ONES
+
+
+def crc32c(bytes data not None):
+    """CRC-32C (Castagnoli) of ``data``."""
+    return crc(<const unsigned char *>PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data))
+
+
+def crc32c_table(bytes data not None):
+    """The same by tables, as on machines without the instruction."""
+    cdef const unsigned char *p = <const unsigned char *>PyBytes_AS_STRING(data)
+    return <uint32_t>(cr_crc_soft(ONES, p, PyBytes_GET_SIZE(data)) ^ ONES)
+
+
+def read_frames(path, offset=0):
+    """``(payload, next offset)`` of every whole frame from ``offset`` on. See ``_journal_py.read_frames``."""
+    return files.read_frames(path, offset, crc32c)
+
+
+def recover(path):
+    """Cuts a torn tail off a segment and syncs it. See ``_journal_py.recover``."""
+    return files.recover(path, crc32c)
+
+
+@cython.final
+cdef class Journal:
+    """Appends records to segments ``<worker>-<n>.jnl``. See ``_journal_py.Journal``."""
+
+    cdef uint8_t *data
+    cdef Py_ssize_t size        # allocated
+    cdef Py_ssize_t end         # appended
+    cdef Py_ssize_t begin       # written
+    cdef Py_ssize_t max_pending
+    cdef int64_t written        # bytes of the segment that the kernel has
+    cdef int64_t segment_bytes
+    cdef int fd
+    cdef bint each
+    cdef readonly bint healthy
+    cdef readonly str path
+    cdef str directory
+    cdef str worker
+    cdef object opener
+
+    def __cinit__(self):
+        self.fd = -1
+
+    def __init__(self, directory, worker, segment_bytes=files.SEGMENT_BYTES, flush="turn", opener=None,
+                 max_pending=files.MAX_PENDING):
+        if self.fd >= 0:
+            raise TypeError("a journal is opened once")
+        if flush not in ("turn", "record"):
+            raise ValueError(f"flush must be 'turn' or 'record', got {flush!r}")
+        if segment_bytes < 1 or max_pending < 1:
+            raise ValueError("segment_bytes and max_pending must be positive")
+        self.directory = os.fspath(directory)
+        self.worker = files.checked_worker(worker)
+        self.segment_bytes = segment_bytes
+        self.each = flush == "record"
+        self.opener = opener
+        self.max_pending = max_pending
+        self.healthy = True
+        self.fd, self.path = files.begin_segment(self.directory, self.worker, opener)
+
+    def __dealloc__(self):
+        PyMem_Free(self.data)
+        if self.fd >= 0:
+            os.close(self.fd)
+
+    @property
+    def segment(self):
+        """File name of the segment that is being written."""
+        return os.path.basename(self.path)
+
+    @property
+    def pending(self):
+        """Bytes appended and not yet written."""
+        return self.end - self.begin
+
+    @property
+    def offset(self):
+        """Where the next frame of this segment will begin."""
+        return self.written + (self.end - self.begin)
+
+    cdef int check_open(self) except -1:
+        if self.fd < 0:
+            raise ValueError("the journal is closed")
+        return 0
+
+    cdef inline uint8_t *room(self, Py_ssize_t n) except NULL:
+        """Where the next n bytes go; they count as appended."""
+        if self.end + n > self.size:
+            self.grow(n)
+        self.end += n
+        return self.data + self.end - n
+
+    cdef int grow(self, Py_ssize_t n) except -1:
+        cdef Py_ssize_t wanted
+        cdef void *data
+        if self.begin:
+            memmove(self.data, self.data + self.begin, self.end - self.begin)
+            self.end -= self.begin
+            self.begin = 0
+        if self.end + n > self.size:
+            wanted = max(2 * self.size, max(self.end + n, <Py_ssize_t>65536))
+            data = PyMem_Realloc(self.data, wanted)
+            if data == NULL:
+                raise MemoryError()
+            self.data = <uint8_t *>data
+            self.size = wanted
+        return 0
+
+    cdef inline int tag(self, uint8_t first, uint64_t value, int width) except -1:
+        """A type byte and a big-endian number."""
+        cdef uint8_t *p = self.room(1 + width)
+        cdef int i
+        p[0] = first
+        for i in range(width):
+            p[1 + i] = <uint8_t>(value >> (8 * (width - 1 - i)))
+        return 0
+
+    cdef inline int sized(self, Py_ssize_t n, int fix, Py_ssize_t fix_below, int w8, int w16) except -1:
+        """The head of a string, bytes, array or map; fix or w8 is 0 where the type has no such form."""
+        if n < fix_below:
+            return self.tag(<uint8_t>(fix | n), 0, 0)
+        if w8 and n <= 0xFF:
+            return self.tag(<uint8_t>w8, n, 1)
+        if n <= 0xFFFF:
+            return self.tag(<uint8_t>w16, n, 2)
+        return self.tag(<uint8_t>(w16 + 1), n, 4)
+
+    cdef inline int raw(self, const char *p, Py_ssize_t n) except -1:
+        if n > MAX_PAYLOAD:
+            raise files.frame_error(n)
+        memcpy(self.room(n), p, n)
+        return 0
+
+    cdef int number(self, object value) except -1:
+        cdef int overflow = 0
+        cdef int64_t v = PyLong_AsLongLongAndOverflow(value, &overflow)
+        if overflow > 0:
+            try:
+                return self.tag(0xCF, PyLong_AsUnsignedLongLong(value), 8)
+            except OverflowError:
+                overflow = -1
+        if overflow < 0:
+            raise OverflowError("Integer value out of range")
+        if v >= 0:
+            if v < 0x80:
+                return self.tag(<uint8_t>v, 0, 0)
+            if v <= 0xFF:
+                return self.tag(0xCC, v, 1)
+            if v <= 0xFFFF:
+                return self.tag(0xCD, v, 2)
+            if v <= <int64_t>ONES:
+                return self.tag(0xCE, v, 4)
+            return self.tag(0xCF, v, 8)
+        if v >= -0x20:
+            return self.tag(<uint8_t>v, 0, 0)
+        if v >= -0x80:
+            return self.tag(0xD0, <uint64_t>v, 1)
+        if v >= -0x8000:
+            return self.tag(0xD1, <uint64_t>v, 2)
+        if v >= LOWEST_INT32:
+            return self.tag(0xD2, <uint64_t>v, 4)
+        return self.tag(0xD3, <uint64_t>v, 8)
+
+    cdef int pack(self, object value, int depth) except -1:
+        cdef const char *p
+        cdef Py_ssize_t n, i
+        cdef double number
+        cdef uint64_t bits
+        cdef PyObject *k
+        cdef PyObject *v
+        if depth < 0:
+            raise ValueError("recursion limit exceeded")
+        if value is None:
+            return self.tag(0xC0, 0, 0)
+        if value is True:
+            return self.tag(0xC3, 0, 0)
+        if value is False:
+            return self.tag(0xC2, 0, 0)
+        if PyUnicode_Check(value):
+            p = PyUnicode_AsUTF8AndSize(value, &n)
+            self.sized(n, 0xA0, 32, 0xD9, 0xDA)
+            return self.raw(p, n)
+        if PyLong_Check(value):
+            return self.number(value)
+        if PyBytes_Check(value):
+            n = PyBytes_GET_SIZE(value)
+            self.sized(n, 0, 0, 0xC4, 0xC5)
+            return self.raw(PyBytes_AS_STRING(value), n)
+        if PyTuple_Check(value):
+            n = PyTuple_GET_SIZE(value)
+            self.sized(n, 0x90, 16, 0, 0xDC)
+            for i in range(n):
+                self.pack(<object>PyTuple_GET_ITEM(value, i), depth - 1)
+            return 0
+        if PyFloat_Check(value):
+            number = PyFloat_AS_DOUBLE(value)
+            memcpy(&bits, &number, 8)
+            return self.tag(0xCB, bits, 8)
+        if PyList_Check(value):
+            n = PyList_GET_SIZE(value)
+            self.sized(n, 0x90, 16, 0, 0xDC)
+            for i in range(n):
+                self.pack(<object>PyList_GET_ITEM(value, i), depth - 1)
+            return 0
+        if PyDict_Check(value):
+            self.sized(PyDict_Size(value), 0x80, 16, 0, 0xDE)
+            i = 0
+            while PyDict_Next(value, &i, &k, &v):
+                self.pack(<object>k, depth - 1)
+                self.pack(<object>v, depth - 1)
+            return 0
+        if PyByteArray_Check(value):
+            n = PyByteArray_GET_SIZE(value)
+            self.sized(n, 0, 0, 0xC4, 0xC5)
+            return self.raw(PyByteArray_AS_STRING(value), n)
+        raise TypeError(f"can not serialize '{type(value).__name__}' object")
+
+    def append(self, record):
+        """Adds one record; the offset at which its frame begins. See ``_journal_py.Journal.append``."""
+        cdef Py_ssize_t before, length
+        cdef int64_t offset
+        cdef uint8_t *head
+        self.check_open()
+        before = self.end - self.begin
+        offset = self.written + before
+        try:
+            self.room(HEADER_BYTES)
+            if PyBytes_Check(record):
+                self.raw(PyBytes_AS_STRING(record), PyBytes_GET_SIZE(record))
+            elif PyTuple_Check(record) or PyList_Check(record):
+                self.pack(record, DEEPEST)
+            else:
+                raise TypeError(f"a record is bytes, a tuple or a list, not {type(record).__name__}")
+            length = self.end - self.begin - before - HEADER_BYTES
+            if not 1 <= length <= MAX_PAYLOAD:
+                raise files.frame_error(length)
+            if before + HEADER_BYTES + length > self.max_pending:
+                raise files.full_error(self.path, before)
+        except BaseException:
+            self.end = self.begin + before
+            raise
+        head = self.data + self.begin + before
+        store32(head, <uint32_t>length)
+        # The sum covers the length and the payload; the four bytes between them are where it goes.
+        store32(head + 4, frame_crc(head, length))
+        if self.each:
+            self.flush()
+        return offset
+
+    def flush(self):
+        """Hands everything appended to the kernel. See ``_journal_py.Journal.flush``."""
+        cdef ssize_t n
+        cdef int code
+        cdef bint wrote = False
+        self.check_open()
+        while self.begin < self.end:
+            n = write(self.fd, self.data + self.begin, self.end - self.begin)
+            if n < 0:
+                code = errno
+                if code == EINTR:
+                    PyErr_CheckSignals()
+                    continue
+                self.healthy = False
+                raise OSError(code, strerror(code).decode(), self.path)
+            self.begin += n
+            self.written += n
+            wrote = True
+        self.begin = self.end = 0
+        if wrote:
+            self.healthy = True
+        if self.written >= self.segment_bytes:
+            self.rotate()
+
+    cdef int rotate(self) except -1:
+        try:
+            os.fdatasync(self.fd)
+            self.next_segment()
+        except OSError:
+            self.healthy = False
+            raise
+        return 0
+
+    cdef int next_segment(self) except -1:
+        cdef int old = self.fd
+        fd, path = files.begin_segment(self.directory, self.worker, self.opener)
+        self.fd = fd
+        self.path = path
+        self.written = 0
+        os.close(old)
+        return 0
+
+    def sync(self):
+        """Flushes, then waits until the disk has it. See ``_journal_py.Journal.sync``."""
+        cdef int fd, answer, code = 0
+        self.flush()
+        # A duplicate, because another thread may begin the next segment while this one waits without the GIL.
+        fd = os.dup(self.fd)
+        with nogil:
+            answer = fdatasync(fd)
+            if answer != 0:
+                code = errno
+        os.close(fd)
+        if code:
+            path = self.path
+            self.abandon()
+            raise OSError(code, strerror(code).decode(), path)
+
+    cdef int abandon(self) except -1:
+        self.healthy = False
+        if self.fd < 0 or self.begin < self.end:
+            return 0
+        try:
+            self.next_segment()
+        except OSError:
+            pass  # still unhealthy; the failed sync is what the caller hears of
+        return 0
+
+    def close(self):
+        """Flushes and closes. Raises OSError when the flush failed; the journal is closed all the same."""
+        if self.fd < 0:
+            return
+        try:
+            self.flush()
+        finally:
+            fd = self.fd
+            self.fd = -1
+            os.close(fd)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+cdef inline void store32(uint8_t *p, uint32_t value) noexcept nogil:
+    memcpy(p, &value, 4)
+
+
+cdef inline uint32_t frame_crc(const uint8_t *head, Py_ssize_t length) noexcept nogil:
+    if hard:
+        return cr_crc_hard(cr_crc_hard(ONES, head, 4), head + 8, length) ^ ONES
+    return cr_crc_soft(cr_crc_soft(ONES, head, 4), head + 8, length) ^ ONES
