@@ -1,0 +1,130 @@
+"""Turns an allowed request into the right to dial one verified address: the only place where a ``Permit`` is made.
+
+Names decide, addresses are verified. The address dialled is one that creto resolved (or the operator pinned) and that
+every egress guard accepted *now*, not only when DNS was answered; nothing is resolved again after the check.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from creto_proxy.deadline import Guard
+from creto_proxy.errors import Refused
+from creto_proxy.hookspecs import EgressGuard
+from creto_proxy.model import Address, Agent, Decision, Permit, Request, Verdict
+from creto_proxy.settings import Endpoint
+
+_SEAL = object()
+
+
+class Resolver(Protocol):
+    """Name -> addresses, cached by TTL. Raises ``OSError`` when there is no answer."""
+
+    def cached(self, name: str) -> Sequence[Address] | None: ...
+    async def resolve(self, name: str) -> Sequence[Address]: ...
+
+
+def genuine(permit: Permit) -> bool:
+    """True for a permit made here, whatever else carries the same fields."""
+    return permit.seal is _SEAL
+
+
+def literal(host: str) -> Address | None:
+    """The address when ``host`` is a canonical address literal, None for names (including odd numerals)."""
+    try:
+        return ipaddress.ip_address(host)
+    except ValueError:
+        return None
+
+
+class Egress:
+    """The egress stage."""
+
+    def __init__(
+        self, guards: Sequence[tuple[str, EgressGuard]], resolver: Resolver, pins: Mapping[str, Endpoint], guard: Guard
+    ) -> None:
+        self._guards = tuple(guards)
+        self._resolver = resolver
+        self._pins = pins
+        self._guard = guard
+
+    def name_decision(self, agent: Agent, name: str, port: int | None) -> Decision:
+        """The strictest answer of all guards for a name; without any guard nothing may leave."""
+        if not self._guards:
+            return Decision(Verdict.DENY, "no_egress_guard", "No egress plugin is enabled, so nothing may leave.")
+        decision: Decision | None = None
+        for plugin, guard in self._guards:
+            answer = self._guard.decide(plugin, "egress", guard.name_allowed, agent, name, port)
+            decision = answer if decision is None else decision.stricter(answer)
+        assert decision is not None
+        return decision
+
+    def address_decision(self, agent: Agent, name: str | None, address: Address, port: int | None) -> Decision:
+        """The strictest answer of all guards for an address, under a name or (None) as a literal."""
+        decision = Decision(Verdict.DENY, "no_egress_guard")
+        for index, (plugin, guard) in enumerate(self._guards):
+            answer = self._guard.decide(plugin, "egress", guard.address_allowed, agent, name, address, port)
+            decision = answer if index == 0 else decision.stricter(answer)
+        return decision
+
+    def tls_mode(self, name: str, port: int) -> str:
+        """"intercept" unless a guard says "splice" for that name."""
+        for plugin, guard in self._guards:
+            mode = self._guard.call(plugin, "egress", guard.tls_mode, name, port)
+            if mode is not None:
+                return mode
+        return "intercept"
+
+    def raw_tcp(self, name: str | None, address: Address, port: int) -> bool:
+        """True when a rule lets bytes that are neither TLS nor HTTP pass to that destination."""
+        return any(
+            self._guard.call(plugin, "egress", guard.raw_tcp, name, address, port) for plugin, guard in self._guards
+        )
+
+    def permit_now(self, request: Request) -> Permit | None:
+        """A Permit when everything needed is known already; None when the name has to be resolved first.
+
+        Raises ``Refused`` when a guard says no.
+        """
+        address = literal(request.host)
+        if address is not None:
+            return self._verified(request, None, (address,))
+        self._require(self.name_decision(request.agent, request.host, request.port))
+        pin = self._pins.get(request.host)
+        if pin is not None:
+            return self._make(request, pin.address, pin.port)
+        if request.flow.original is not None:
+            return self._verified(request, request.host, (request.flow.original[0],))
+        known = self._resolver.cached(request.host)
+        return None if known is None else self._verified(request, request.host, known)
+
+    async def permit(self, request: Request) -> Permit:
+        """A Permit, resolving the name if need be. Raises ``Refused``, or ``OSError`` when there is no answer."""
+        ready = self.permit_now(request)
+        if ready is not None:
+            return ready
+        return self._verified(request, request.host, await self._resolver.resolve(request.host))
+
+    def _verified(self, request: Request, name: str | None, addresses: Sequence[Address]) -> Permit:
+        refusal: Decision | None = None
+        for address in addresses:
+            decision = self.address_decision(request.agent, name, address, request.port)
+            if decision.allowed:
+                return self._make(request, address, request.port)
+            refusal = refusal or decision
+        raise Refused(refusal or Decision(Verdict.DENY, "no_address", f"{request.host} has no usable address."))
+
+    def _make(self, request: Request, address: Address, port: int) -> Permit:
+        # TLS towards the upstream exactly when the agent speaks TLS to us and we terminated it, or asked for https.
+        tls = request.kind == "http" and request.scheme == "https"
+        return Permit(name=request.host, address=address, port=port, tls=tls, seal=_SEAL)
+
+    @staticmethod
+    def _require(decision: Decision) -> None:
+        if not decision.allowed:
+            raise Refused(decision)
+
+
+

@@ -1,0 +1,57 @@
+"""Holds what a person must decide, and spends the grant exactly once before the send."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from creto_proxy.deadline import Guard
+from creto_proxy.errors import StageFailed
+from creto_proxy.hookspecs import Client, Gate
+from creto_proxy.model import Decision, Outcome, Request, Verdict
+
+# A gate bounds its own wait by what the agent's client can stand; this only catches one that hangs.
+HOLD_CEILING_S = 900.0
+
+
+class Gates:
+    """The gate stage: every gate must be satisfied; without one, what needs a person is refused."""
+
+    def __init__(self, gates: Sequence[tuple[str, Gate]], guard: Guard) -> None:
+        self._gates = tuple(gates)
+        self._guard = guard
+
+    async def hold(self, request: Request, decision: Decision, client: Client) -> Decision:
+        if not self._gates:
+            return Decision(
+                Verdict.DENY,
+                "approval_unavailable",
+                "This action needs a person's approval, and no oversight plugin is enabled.",
+                policies=decision.policies,
+            )
+        answer = decision
+        for plugin, gate in self._gates:
+            try:
+                async with asyncio.timeout(HOLD_CEILING_S):
+                    answer = await self._guard.wait(plugin, "gate", _hold(gate, request, decision, client))
+            except TimeoutError:
+                raise StageFailed(f"plugin {plugin} did not answer in its gate", reason="stage_timeout") from None
+            if not answer.allowed:
+                return answer
+        return answer
+
+    def spend(self, request: Request) -> bool:
+        """Consumes the grant durably; False when there is none (any more). Only then may the request be sent."""
+        return all(self._guard.call(plugin, "gate", gate.spend, request) for plugin, gate in self._gates)
+
+    def settled(self, request: Request, outcome: Outcome) -> None:
+        for plugin, gate in self._gates:
+            try:
+                self._guard.call(plugin, "gate", gate.settled, request, outcome)
+            except StageFailed:
+                continue  # logged by the guard; the grant is spent, the request stays EXECUTING and becomes INDETERMINATE
+
+
+async def _hold(gate: Gate, request: Request, decision: Decision, client: Client) -> Decision:
+    """A coroutine whatever the plugin made of its method, so that it is guarded from its first line."""
+    return await gate.hold(request, decision, client)

@@ -1,0 +1,182 @@
+"""What a parsed head asks for, by the way it came in: the one normalised ``Request`` that every stage judges.
+
+Names must agree: the Host field (or the target's authority) with the TLS server name, and both with the name that
+creto's DNS answered for the address that was dialled. Whatever does not agree is refused here, before any stage.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from creto_hotpath.http1 import BadMessage, RequestHead, split_authority
+
+from creto_proxy.authorize import action_of
+from creto_proxy.control import HOST as CONTROL_HOST
+from creto_proxy.egress import literal
+from creto_proxy.errors import Permanent, Refused
+from creto_proxy.model import Agent, Decision, Flow, Kind, Request, Verdict
+
+
+def request_id(unix_ns: int | None = None) -> bytes:
+    """A UUIDv7 (RFC 9562 section 5.7): 16 bytes, ordered by time, so that journals and indexes stay local."""
+    ms = (time.time_ns() if unix_ns is None else unix_ns) // 1_000_000
+    tail = bytearray(os.urandom(10))
+    tail[0] = 0x70 | (tail[0] & 0x0F)
+    tail[2] = 0x80 | (tail[2] & 0x3F)
+    return ms.to_bytes(6, "big") + bytes(tail)
+
+
+@dataclass(frozen=True, slots=True)
+class ReverseRoute:
+    """``http://127.0.0.1:PORT/<prefix>/...`` stands for ``base``: scheme, host, port and path prefix of an upstream."""
+
+    prefix: str
+    scheme: str
+    host: str
+    port: int
+    path: str
+
+    @classmethod
+    def parse(cls, name: str, base: str) -> ReverseRoute:
+        """Raises ValueError when ``base`` is not an http(s) URL without credentials, query or fragment."""
+        url = urlsplit(base)
+        if url.scheme not in ("http", "https") or not url.hostname or url.username or url.query or url.fragment:
+            raise ValueError(f"{base!r} is not an http(s) URL without credentials, query or fragment")
+        port = url.port or (443 if url.scheme == "https" else 80)
+        return cls(f"/{name.strip('/')}", url.scheme, url.hostname.lower(), port, url.path.rstrip("/"))
+
+
+class Targets:
+    """Reads the target of a request for each way in."""
+
+    def __init__(self, routes: Sequence[ReverseRoute] = ()) -> None:
+        # The longest prefix wins, so that "/openai/eu" may stand beside "/openai".
+        self._routes = tuple(sorted(routes, key=lambda r: -len(r.prefix)))
+
+    def request(self, head: RequestHead, flow: Flow, agent: Agent, received_ns: int) -> Request:
+        """The normalised request. Raises Permanent (4xx, malformed or not for this listener) or Refused (names
+        that do not agree)."""
+        if flow.way == "reverse":
+            return self._reverse(head, flow, agent, received_ns)
+        if flow.way == "explicit" and not flow.bound_names:
+            return self._explicit(head, flow, agent, received_ns)
+        return self._origin(head, flow, agent, received_ns)
+
+    def _origin(self, head: RequestHead, flow: Flow, agent: Agent, received_ns: int) -> Request:
+        """A request sent to the origin as far as the agent knows: transparent, or inside an intercepted CONNECT."""
+        if head.method == "CONNECT":
+            raise _denied("connect_in_transparent", "CONNECT is for proxies; nested proxies are not allowed here.")
+        if not head.target.startswith("/") and head.target != "*":
+            raise Permanent("The request target must be a path here.", reason="bad_target", status=400)
+        host, port = _authority(head)
+        scheme = "https" if flow.tls else "http"
+        if host == CONTROL_HOST and CONTROL_HOST in flow.bound_names and not flow.tls:
+            return _make(head, flow, agent, received_ns, scheme, host, 80, head.target)
+        if port is not None and flow.port and port != flow.port:
+            raise _denied("port_mismatch", f"The Host field says port {port}, the connection is to {flow.port}.", 421)
+        if flow.tls and host != flow.sni:
+            raise _denied(
+                "sni_host_mismatch", f"The Host field says {host}, the TLS session is for {flow.sni}.", status=421
+            )
+        address = literal(host)
+        if address is not None:
+            if flow.original is None or flow.original[0] != address:
+                raise _denied("host_address_mismatch", "The Host field names another address than was dialled.")
+        elif host not in flow.bound_names:
+            raise _denied(
+                "ip_not_resolved_for_name",
+                f"The address dialled was not answered for {host} on this link; ask DNS for that name and use it.",
+            )
+        return _make(head, flow, agent, received_ns, scheme, host, flow.port or port or 80, head.target)
+
+    def _explicit(self, head: RequestHead, flow: Flow, agent: Agent, received_ns: int) -> Request:
+        if head.method == "CONNECT":
+            host, port = _split(head.target)
+            if port is None:
+                raise Permanent("CONNECT needs host:port.", reason="bad_target", status=400)
+            return _make(head, flow, agent, received_ns, "tcp", host, port, "/", kind="tunnel", action="tunnel")
+        scheme, sep, rest = head.target.partition("://")
+        scheme = scheme.lower()
+        if not sep:
+            raise Permanent(
+                "This is a proxy: ask for an absolute URL, or use CONNECT.", reason="not_a_proxy_request", status=404
+            )
+        if scheme not in ("http", "https"):
+            raise Permanent(f"The scheme {scheme[:16]!r} is not proxied.", reason="bad_scheme", status=400)
+        authority, path = _cut_authority(rest)
+        host, port = _split(authority)
+        return _make(
+            head, flow, agent, received_ns, scheme, host, port or (443 if scheme == "https" else 80), path or "/"
+        )
+
+    def _reverse(self, head: RequestHead, flow: Flow, agent: Agent, received_ns: int) -> Request:
+        for route in self._routes:
+            if head.target == route.prefix or head.target.startswith((route.prefix + "/", route.prefix + "?")):
+                rest = head.target[len(route.prefix) :]
+                target = route.path + (rest if rest.startswith("/") or not rest else "/" + rest)
+                return _make(
+                    head, flow, agent, received_ns, route.scheme, route.host, route.port, target or "/"
+                )
+        known = ", ".join(r.prefix for r in self._routes) or "none"
+        raise Permanent(f"No [[reverse]] route has this prefix; known: {known}.", reason="no_route", status=404)
+
+
+def _make(
+    head: RequestHead,
+    flow: Flow,
+    agent: Agent,
+    received_ns: int,
+    scheme: str,
+    host: str,
+    port: int,
+    target: str,
+    *,
+    kind: Kind = "http",
+    action: str | None = None,
+) -> Request:
+    path, _, query = target.partition("?")
+    return Request(
+        id=request_id(),
+        flow=flow,
+        agent=agent,
+        kind=kind,
+        action=action or action_of(head.method),
+        method=head.method,
+        scheme=scheme,
+        host=host,
+        port=port,
+        path=path,
+        query=query,
+        headers=head.headers,
+        received_ns=received_ns,
+    )
+
+
+def _authority(head: RequestHead) -> tuple[str, int | None]:
+    field = head.headers.get("host")
+    if not field:
+        raise Permanent("The Host field is missing.", reason="no_host", status=400)
+    return _split(field)
+
+
+def _split(authority: str) -> tuple[str, int | None]:
+    try:
+        host, port = split_authority(authority)
+    except BadMessage as error:
+        raise Permanent("The host is malformed.", reason=error.reason, status=400) from None
+    return host, port
+
+
+def _cut_authority(rest: str) -> tuple[str, str]:
+    for index, char in enumerate(rest):
+        if char in "/?":
+            return rest[:index], rest[index:] if char == "/" else "/" + rest[index:]
+    return rest, ""
+
+
+def _denied(reason: str, detail: str, status: int = 403) -> Refused:
+    return Refused(Decision(Verdict.DENY, reason, detail, status=status))

@@ -1,0 +1,155 @@
+"""Connections whose bytes nobody looks into: spliced TLS and plain TCP, judged once and as a whole."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from typing import cast
+
+from creto_hotpath.relay import Tunnel
+
+from creto_proxy.errors import CretoError, Permanent, Refused
+from creto_proxy.model import Agent, Decision, Flow, Kind, Request, Usage, Verdict
+from creto_proxy.pipeline import Pipeline
+from creto_proxy.sniff import reset
+from creto_proxy.target import request_id
+
+
+class NoFields:
+    """The header fields of something that has none."""
+
+    def get(self, name: str) -> str | None:
+        return None
+
+    def getall(self, name: str) -> list[str]:
+        return []
+
+    def items(self) -> list[tuple[str, str]]:
+        return []
+
+
+def bare_request(flow: Flow, agent: Agent, kind: Kind, action: str, scheme: str, host: str, now_ns: int) -> Request:
+    """A request that is known by where it goes alone."""
+    return Request(
+        id=request_id(),
+        flow=flow,
+        agent=agent,
+        kind=kind,
+        action=action,
+        method="",
+        scheme=scheme,
+        host=host,
+        port=flow.port,
+        path="",
+        query="",
+        headers=NoFields(),
+        received_ns=now_ns,
+    )
+
+
+class Tunnels:
+    """Opens tunnels and remembers those that are open."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self._pipeline = pipeline
+        self._pumps: set[Tunnel] = set()
+
+    def __len__(self) -> int:
+        return len(self._pumps)
+
+    def abort(self) -> None:
+        for pump in list(self._pumps):
+            pump.abort()
+
+    async def open(self, sock: socket.socket, flow: Flow, agent: Agent, name: str, kind: Kind) -> None:
+        """Judges the connection as a whole and pumps its bytes when it is allowed; resets it when it is not."""
+        pipeline = self._pipeline
+        scheme = "tcp" if kind == "tcp" else "tls"
+        request = bare_request(flow, agent, kind, kind, scheme, name, pipeline.clock.now_ns())
+        decision: Decision | None = None
+        held_ns = 0
+        try:
+            decision = pipeline.authorize(request)
+            if decision.verdict is Verdict.ESCALATE:
+                decision, held_ns = await pipeline.ask(request, decision, SilentClient(sock))
+            if not decision.allowed:
+                raise Refused(decision)
+            permit = await pipeline.egress.permit(request)
+            upstream = await pipeline.upstreams.open_raw(permit)
+            await pipeline.spend(request)
+        except (CretoError, OSError) as error:
+            pipeline.meters.release(request)
+            refusal = error if isinstance(error, CretoError) else Permanent(str(error), reason="name_not_found")
+            decision = refusal.decision if isinstance(refusal, Refused) else decision
+            self._record(request, decision, held_ns, error=refusal.reason)
+            reset(sock)
+            return
+        opened = pipeline.clock.now_ns()
+        loop = asyncio.get_running_loop()
+        downstream, _ = await loop.connect_accepted_socket(_Paused, sock)
+
+        def closed(pump: Tunnel) -> None:
+            self._pumps.discard(pump)
+            usage = pipeline.meters.settle(request, None, status=0, completed=True)
+            self._record(
+                request, decision, held_ns, usage=usage, up=pump.bytes_up, down=pump.bytes_down, opened=opened
+            )
+
+        pump = Tunnel(downstream, upstream, on_close=closed)
+        self._pumps.add(pump)
+
+    def _record(
+        self,
+        request: Request,
+        decision: Decision | None,
+        held_ns: int,
+        *,
+        usage: Usage | None = None,
+        up: int = 0,
+        down: int = 0,
+        opened: int = 0,
+        error: str = "",
+    ) -> None:
+        pipeline = self._pipeline
+        now = pipeline.clock.now_ns()
+        start = opened or now
+        outcome = pipeline.outcome(
+            request,
+            decision,
+            status=0,
+            error="" if decision is not None and error == decision.reason else error,
+            usage=usage or Usage(),
+            bytes_up=up,
+            bytes_down=down,
+            creto_ns=max(0, start - request.received_ns - held_ns),
+            held_ns=held_ns,
+            upstream_ns=now - start,
+            total_ns=now - request.received_ns,
+        )
+        pipeline.recorder.record(outcome)
+        if request.approval is not None:
+            pipeline.settle(request, outcome)
+
+
+class SilentClient:
+    """The client of a held connection that speaks no HTTP: it cannot be kept warm, only watched."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+
+    def interim(self, status: int) -> None:
+        return None
+
+    @property
+    def gone(self) -> bool:
+        try:
+            return self._sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+
+
+class _Paused(asyncio.Protocol):
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        cast(asyncio.Transport, transport).pause_reading()
