@@ -1,0 +1,257 @@
+"""Reserves what a model request may cost, watches the answer, settles what it did cost."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from creto_hotpath.usage import UsageScanner
+from creto_metering.ask import Ask, BadBody, parse_ask, with_usage_included
+from creto_metering.budgets import COST, Amounts, Budgets, Hold, Refusal, retry_after_s
+from creto_metering.money import MAX_NANO
+from creto_metering.prices import Price, PriceBook
+from creto_metering.providers import Endpoint, Providers
+from creto_metering.settings import Settings
+from creto_metering.windows import iso
+from creto_proxy.hookspecs import Clock, Edits, Tap
+from creto_proxy.model import Certainty, Decision, Request, Usage, Verdict
+
+log = logging.getLogger("creto.metering")
+
+NOTE = "metering"
+_ONE_REQUEST: Amounts = (1, 0, 0)
+
+
+@dataclass(slots=True)
+class Ticket:
+    """What metering knows of one request. ask None: it uses no model, or none whose use can be seen."""
+
+    ask: Ask | None = None
+    price: Price | None = None
+    hold: Hold | None = None
+    amounts: Amounts = _ONE_REQUEST
+    hides_usage: bool = False
+
+
+def reconcile(reserved: int, actual: int, *, exact: bool) -> int:
+    """What to charge on top of a reservation, negative for a refund: only exact usage is refunded, more is charged."""
+    return actual - reserved if exact else max(0, actual - reserved)
+
+
+class RequestMeter:
+    """The ``Meter`` of this plugin: model requests in requests, tokens and nano-dollars, all others in requests."""
+
+    def __init__(self, settings: Settings, clock: Clock) -> None:
+        self._settings = settings
+        self._clock = clock
+        self._providers = Providers(settings.providers)
+        self._default_nano = settings.default_cost_nano
+        self._budgets: Budgets | None = None
+        self._prices = PriceBook(())
+
+    def open(self, budgets: Budgets, prices: PriceBook) -> None:
+        """Begins to work on these counters and prices; before it, every request is refused by an exception."""
+        self._budgets = budgets
+        self._prices = prices
+
+    @property
+    def budgets(self) -> Budgets:
+        if self._budgets is None:
+            raise RuntimeError("metering has not been started")
+        return self._budgets
+
+    def body_limit(self, request: Request) -> int:
+        """The whole body of a model request, since it says what the answer may cost; no other body."""
+        endpoint = self._endpoint(request)
+        return self._settings.max_body if endpoint is not None and endpoint.operation is not None else 0
+
+    def authorize(self, request: Request) -> Decision:
+        """Reserves, or refuses: 429 with the budget in the way, 400 for a body that cannot be read for certain."""
+        self.release(request)
+        ticket = Ticket()
+        endpoint = self._endpoint(request)
+        if endpoint is not None and endpoint.operation is not None:
+            refusal = self._estimate(request, endpoint, ticket)
+            if refusal is not None:
+                return refusal
+        now_ns = self._clock.unix_ns()
+        levels = self.budgets.levels(request.agent.path, now_ns)
+        if endpoint is not None and endpoint.operation is None and levels.limits_spending:
+            if self._settings.unmetered == "deny":
+                return _unmetered(request)
+        if levels.slots:
+            answer = self.budgets.reserve(levels, ticket.amounts, now_ns)
+            if isinstance(answer, Refusal):
+                return _refused(answer)
+            ticket.hold = answer
+        request.notes[NOTE] = ticket
+        return Decision(Verdict.ALLOW, "within_budget" if levels.slots else "no_budget")
+
+    def release(self, request: Request) -> None:
+        """The request is not sent: nothing is charged. Does nothing when nothing is held."""
+        ticket = _ticket(request)
+        if ticket is not None and ticket.hold is not None:
+            self.budgets.release(ticket.hold)
+            ticket.hold = None
+
+    def edits(self, request: Request) -> Edits | None:
+        """An answer that can be read, and usage in a stream whose client did not ask for it."""
+        ticket = _ticket(request)
+        if ticket is None or ticket.ask is None:
+            return None
+        ask, body = ticket.ask, None
+        if self._settings.include_usage and ask.streams and not ask.wants_usage and request.body is not None:
+            body = with_usage_included(request.body)
+            ticket.hides_usage = True
+        return Edits(headers={"accept-encoding": "identity"}, body=body)
+
+    def tap(self, request: Request, status: int, content_type: str) -> Tap | None:
+        """Watches JSON and event streams that answer a model request."""
+        ticket = _ticket(request)
+        if ticket is None or ticket.ask is None:
+            return None
+        dialect = ticket.ask.endpoint.dialect
+        media = content_type.partition(";")[0].strip().lower()
+        if media == "text/event-stream":
+            return UsageScanner(dialect, True, ticket.hides_usage)
+        if media == "application/json" or media.endswith("+json"):
+            return UsageScanner(dialect, False)
+        return None
+
+    def settle(self, request: Request, tap: Tap | None, *, status: int, completed: bool) -> Usage:
+        """Charges what was used. Usage that is not known for certain keeps the whole reservation."""
+        ticket = _ticket(request)
+        if ticket is None:
+            return Usage()
+        if ticket.ask is None:
+            self._charge(ticket, _ONE_REQUEST)
+            return Usage()
+        scanner = tap if isinstance(tap, UsageScanner) else None
+        tokens = scanner.usage if scanner is not None else None
+        if tokens is None and status >= 400:
+            # Providers do not bill errors; the request itself was made.
+            self._charge(ticket, _ONE_REQUEST)
+            return Usage(provider=ticket.ask.endpoint.provider, model=ticket.ask.model)
+        exact = scanner is not None and (scanner.final or (completed and scanner.last))
+        return self._used(ticket, tokens or {}, scanner.model if scanner is not None else "", exact=exact)
+
+    def _used(self, ticket: Ticket, tokens: dict[str, int], model: str, *, exact: bool) -> Usage:
+        ask = ticket.ask
+        assert ask is not None  # only model requests come here
+        _, held_tokens, held_cost = ticket.amounts
+        exact = exact and "input" in tokens and ("output" in tokens or ask.endpoint.operation == "embedding")
+        now_ns = self._clock.unix_ns()
+        price = self._prices.price(ask.endpoint.provider, model, now_ns, ask.when) or ticket.price
+        seen_cost = price.cost_nano(tokens) if price is not None else 0
+        used = tokens.get("total", tokens.get("input", 0) + tokens.get("output", 0))
+        # Without a price the cost stays what was reserved, however exact the tokens are.
+        cost = held_cost + reconcile(held_cost, min(seen_cost, MAX_NANO), exact=exact and price is not None)
+        self._charge(ticket, (1, held_tokens + reconcile(held_tokens, used, exact=exact), cost))
+        certainty: Certainty = "unknown" if not exact else "exact" if price is not None else "estimated"
+        return Usage(
+            certainty=certainty,
+            provider=ask.endpoint.provider,
+            model=model or ask.model,
+            tokens=tokens,
+            cost_nano_usd=cost,
+        )
+
+    def _estimate(self, request: Request, endpoint: Endpoint, ticket: Ticket) -> Decision | None:
+        """Fills in the ticket's upper bounds; a Decision when the request cannot be let through."""
+        encoding = (request.headers.get("content-encoding") or "identity").strip().lower()
+        if encoding != "identity":
+            return _bad_body(f"its body is encoded with {encoding[:32]!r}; send it as it is")
+        try:
+            ask = parse_ask(endpoint, request.body or b"")
+        except BadBody as error:
+            return _bad_body(str(error))
+        price = self._prices.price(endpoint.provider, ask.model, self._clock.unix_ns(), ask.when)
+        if price is None and self._settings.unknown_model == "deny":
+            return Decision(
+                Verdict.DENY,
+                "unknown_model",
+                f"There is no price for this model of {endpoint.provider}, so its cost cannot be limited. "
+                "Use a priced model, or add a [[metering.price]].",
+                facts={"provider": endpoint.provider, "model": ask.model[:64]},
+            )
+        ticket.ask, ticket.price = ask, price
+        tokens_in = ask.input_ceiling(price)
+        tokens_out = ask.output_ceiling(price, self._settings.default_max_output)
+        cost = self._default_nano
+        if price is not None:
+            cost = price.ceiling_nano(tokens_in, tokens_out, caches=ask.caches, audio=ask.audio)
+        ticket.amounts = (1, min(tokens_in + tokens_out, MAX_NANO), min(cost, MAX_NANO))
+        return None
+
+    def _charge(self, ticket: Ticket, actual: Amounts) -> None:
+        if ticket.hold is not None:
+            hold, ticket.hold = ticket.hold, None
+            self.budgets.settle(hold, actual, self._clock.unix_ns())
+
+    def _endpoint(self, request: Request) -> Endpoint | None:
+        return self._providers.endpoint(
+            kind=request.kind,
+            method=request.method,
+            host=request.host,
+            path=request.path,
+            upgrade=request.headers.get("upgrade") is not None,
+        )
+
+
+def _ticket(request: Request) -> Ticket | None:
+    ticket = request.notes.get(NOTE)
+    return ticket if isinstance(ticket, Ticket) else None
+
+
+def _bad_body(why: str) -> Decision:
+    detail = f"The body of this model request cannot be metered: {why}."
+    return Decision(Verdict.DENY, "bad_request_body", detail, status=400)
+
+
+def _unmetered(request: Request) -> Decision:
+    return Decision(
+        Verdict.DENY,
+        "unmetered_endpoint",
+        f"What this asks of {request.host} cannot be metered, and this agent has a budget. Use chat completions, "
+        'responses, embeddings or messages over HTTP, or set metering.unmetered = "allow".',
+    )
+
+
+def _refused(refusal: Refusal) -> Decision:
+    slot, state = refusal.slot, refusal.state
+    facts = {
+        "level": slot.element,
+        "metric": slot.budget.metric,
+        "limit": slot.shown(state.limit),
+        "used": slot.shown(state.used),
+        "reserved": slot.shown(state.reserved),
+        "requested": slot.shown(refusal.requested),
+        "reset_at": iso(state.resets_at_ns) if state.resets_at_ns else None,
+        "window": slot.budget.window or slot.budget.rate,
+    }
+    rate = slot.window is None
+    return Decision(
+        Verdict.DENY,
+        "rate_exceeded" if rate else "budget_exhausted",
+        _rate_detail(refusal) if rate else _budget_detail(refusal),
+        status=429,
+        retry_after_s=retry_after_s(refusal),
+        facts=facts,
+    )
+
+
+def _rate_detail(refusal: Refusal) -> str:
+    return f"{refusal.slot.element} may make {refusal.slot.budget.rate} requests; wait before the next one."
+
+
+def _budget_detail(refusal: Refusal) -> str:
+    slot, state, requested = refusal.slot, refusal.state, refusal.requested
+    what = {"cost_usd": "dollars", "tokens": "tokens", "requests": "requests"}[slot.budget.metric]
+    per = "in total" if slot.budget.window == "total" else f"per {slot.budget.window}"
+    used = state.used + state.reserved
+    text = f"{slot.element} may use {slot.shown(state.limit)} {what} {per} and has used or reserved {slot.shown(used)}"
+    if slot.meter == COST or slot.budget.metric == "tokens":
+        text += f"; this request may use up to {slot.shown(requested)}"
+        if requested > state.limit:
+            text += ", more than the whole budget: set a lower output limit or send less"
+    return f"{text}."
