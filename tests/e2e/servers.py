@@ -1,0 +1,76 @@
+"""Small real servers that the tests need beside the demo's stand-ins."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import http.server
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "demo"))
+
+from standins import certificates  # noqa: E402
+
+
+class _Quiet(http.server.SimpleHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, format: str, *args: object) -> None:
+        return None
+
+
+@contextlib.contextmanager
+def serving_files(directory: Path, name: str) -> Iterator[tuple[int, Path]]:
+    """(port, CA file) of an HTTPS server for the files in ``directory``, certified for ``name``."""
+    with tempfile.TemporaryDirectory() as keys:
+        ca, context = certificates(Path(keys), [name])
+        server = http.server.ThreadingHTTPServer(
+            ("127.0.0.1", 0), functools.partial(_Quiet, directory=str(directory))
+        )
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        try:
+            yield server.server_address[1], ca
+        finally:
+            server.shutdown()
+            server.server_close()
+
+
+@contextlib.contextmanager
+def serving_mcp(name: str) -> Iterator[tuple[int, Path]]:
+    """(port, CA file) of a real MCP server over streamable HTTP with one tool, certified for ``name``."""
+    import asyncio
+
+    import uvicorn
+    from mcp.server import MCPServer
+    from mcp.server.transport_security import TransportSecuritySettings
+
+    server = MCPServer("tools")
+
+    @server.tool()
+    def add(a: int, b: int) -> str:
+        return str(a + b)
+
+    with tempfile.TemporaryDirectory() as directory:
+        ca, _ = certificates(Path(directory), [name])
+        chain = str(Path(directory) / "standin.pem")
+        app = server.streamable_http_app(transport_security=TransportSecuritySettings(allowed_hosts=[name, f"{name}:*"]))
+        config = uvicorn.Config(
+            app, host="127.0.0.1", port=0, ssl_certfile=chain, ssl_keyfile=chain, log_level="error", loop="asyncio"
+        )
+        web = uvicorn.Server(config)
+        thread = threading.Thread(target=lambda: asyncio.run(web.serve()), daemon=True)
+        thread.start()
+        started = threading.Event()
+        while not web.started and thread.is_alive():
+            started.wait(0.02)
+        try:
+            yield web.servers[0].sockets[0].getsockname()[1], ca
+        finally:
+            web.should_exit = True
+            thread.join(10)

@@ -1,0 +1,259 @@
+"""``creto run`` governs unmodified programs: what they reach, what they cannot, and what is written down."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from .conftest import Creto
+
+
+def test_curl_reaches_an_allowed_host_through_interception_without_setup(creto: Creto) -> None:
+    result = creto.run(["curl", "-sS", "https://api.allowed.test/hello?token=abc"])
+    assert result.status == 0, result.err
+    assert '"path": "/hello"' in result.out
+    [row] = result.to("api.allowed.test")
+    assert (row["decision"], row["method"], row["path"], row["status"]) == ("allow", "GET", "/hello", 200)
+    assert "token=abc" not in str(result.report)
+
+
+def test_plain_http_is_governed_the_same_way(creto: Creto) -> None:
+    result = creto.run(["curl", "-sS", "http://plain.allowed.test/x"])
+    assert '"path": "/x"' in result.out, result.err
+    assert result.to("plain.allowed.test")[0]["decision"] == "allow"
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
+def test_node_fetch_trusts_the_interception_without_setup(creto: Creto) -> None:
+    code = "fetch('https://api.allowed.test/n').then(r => r.json()).then(j => console.log(j.path))"
+    result = creto.run(["node", "-e", code])
+    assert result.out.strip() == "/n", result.err
+
+
+@pytest.mark.parametrize("library", ["requests", "httpx", "urllib"])
+def test_python_http_libraries_work_without_setup(creto: Creto, library: str) -> None:
+    calls = {
+        "requests": "import requests; print(requests.get('https://api.allowed.test/p').status_code)",
+        "httpx": "import httpx; print(httpx.get('https://api.allowed.test/p').status_code)",
+        "urllib": "import urllib.request as u; print(u.urlopen('https://api.allowed.test/p').status)",
+    }
+    result = creto.python(calls[library])
+    assert result.out.strip() == "200", result.err
+
+
+def test_git_clones_over_https(creto: Creto, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    quiet = {"check": True, "capture_output": True}
+    subprocess.run(["git", "init", "-q", "-b", "main", str(source)], **quiet)  # type: ignore[call-overload]
+    identity = ["-c", "user.name=t", "-c", "user.email=t@example.com"]
+    (source / "README").write_text("hello\n")
+    subprocess.run(["git", "-C", str(source), "add", "."], **quiet)  # type: ignore[call-overload]
+    subprocess.run(["git", "-C", str(source), *identity, "commit", "-qm", "x"], **quiet)  # type: ignore[call-overload]
+    subprocess.run(["git", "clone", "-q", "--bare", str(source), str(tmp_path / "r.git")], **quiet)  # type: ignore[call-overload]
+    subprocess.run(["git", "-C", str(tmp_path / "r.git"), "update-server-info"], **quiet)  # type: ignore[call-overload]
+    from .servers import serving_files
+
+    with serving_files(tmp_path, "git.example.com") as (port, ca):
+        creto.config.write_text(
+            creto.config.read_text()
+            .replace(f'"git.example.com" = "127.0.0.1:{creto.world.https}"', f'"git.example.com" = "127.0.0.1:{port}"')
+            .replace(str(creto.world.ca), str(ca))
+        )
+        result = creto.run(["git", "clone", "-q", "https://git.example.com/r.git", str(tmp_path / "clone")])
+    assert result.status == 0, result.err
+    assert (tmp_path / "clone" / "README").read_text() == "hello\n"
+    assert {row["decision"] for row in result.to("git.example.com")} == {"allow"}
+
+
+def test_exit_status_and_streams_are_the_childs(creto: Creto) -> None:
+    result = creto.python("import sys; print('out'); print('err', file=sys.stderr); sys.exit(7)")
+    assert (result.status, result.out) == (7, "out\n")
+    assert "err\n" in result.err
+
+
+def test_a_missing_command_ends_with_127(creto: Creto) -> None:
+    result = creto.run(["no-such-command-here"])
+    assert result.status == 127
+    assert "no-such-command-here" in result.err
+
+
+def test_files_the_agent_writes_belong_to_the_user(creto: Creto) -> None:
+    target = creto.directory / "made"
+    creto.python(f"open({str(target)!r}, 'w').write('x')")
+    assert target.stat().st_uid == os.getuid()
+
+
+def test_a_host_that_is_not_allowed_does_not_resolve_and_is_recorded(creto: Creto) -> None:
+    result = creto.run(["curl", "-sS", "-m", "10", "https://evil.test/"])
+    assert result.status != 0
+    [row] = result.to("evil.test")
+    assert (row["decision"], row["reason"]) == ("deny", "host_not_allowed")
+    assert "evil.test" in result.err and "--allow" in result.err, "the person is told what to do"
+
+
+def test_allow_on_the_command_line_adds_a_host(creto: Creto) -> None:
+    creto.config.write_text(creto.config.read_text().replace('"api.allowed.test:443", ', ""))
+    refused = creto.run(["curl", "-sS", "-m", "10", "https://api.allowed.test/"])
+    assert refused.status != 0
+    allowed = creto.run(["curl", "-sS", "https://api.allowed.test/"], "--allow", "api.allowed.test:443")
+    assert allowed.status == 0, allowed.err
+
+
+BYPASSES = {
+    "address literal": "socket.create_connection(('93.184.216.34', 443), timeout=3).sendall(b'GET / HTTP/1.1\\r\\nHost: 93.184.216.34\\r\\n\\r\\n') or X",
+    "metadata": "urllib.request.urlopen('http://169.254.169.254/latest/meta-data', timeout=3)",
+    "mapped metadata": "socket.create_connection(('::ffff:169.254.169.254', 80), timeout=3).recv(1) or X",
+    "private": "urllib.request.urlopen('http://10.0.0.1/', timeout=3)",
+    "udp": "udp('203.0.113.1', 443)",
+    "raw socket": "socket.socket(socket.AF_INET, socket.SOCK_RAW, 1)",
+    "packet socket": "socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 3)",
+    "vsock": "socket.socket(40, socket.SOCK_STREAM)",
+    "flush rules": "run('nft', 'flush', 'ruleset')",
+    "host loopback": "socket.create_connection(('127.0.0.1', PORT), timeout=3)",
+}
+
+
+@pytest.mark.parametrize("name", sorted(BYPASSES))
+def test_there_is_no_way_around_the_sidecar(creto: Creto, name: str) -> None:
+    """Each attempt either raises or yields nothing; a marker shows that the attempt was really made."""
+    before = len(creto.world.seen.requests)
+    attempt = BYPASSES[name].replace("PORT", str(creto.world.http))
+    code = f"""
+import socket, subprocess, urllib.request
+def udp(host, port):
+    s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.settimeout(2); s.connect((host, port)); s.send(b'x'); s.recv(1)
+def run(*argv): subprocess.run(argv, check=True, capture_output=True)
+class Refused(Exception): pass
+def empty(): raise Refused('nothing came back')
+print('attempting')
+try:
+    X = None
+    r = {attempt.replace(" or X", "")}
+    if r == b'' or r is None and {(" or X" in attempt)!r}: empty()
+    print('GOT THROUGH', r)
+except Exception as e:
+    print('stopped', type(e).__name__, e)
+"""
+    result = creto.python(code)
+    assert "attempting" in result.out, result.err
+    assert "GOT THROUGH" not in result.out or name == "flush rules", result.out
+    assert len(creto.world.seen.requests) == before
+    after = creto.run(["curl", "-sS", "-m", "5", "https://evil.test/"])
+    assert after.status != 0
+
+
+def test_a_host_field_that_differs_from_the_server_name_is_refused(creto: Creto) -> None:
+    result = creto.run(["curl", "-sS", "-H", "Host: api.openai.com", "https://api.allowed.test/x"])
+    assert "sni_host_mismatch" in result.out
+    assert creto.world.seen.requests == []
+
+
+def test_a_name_answered_elsewhere_does_not_open_an_address(creto: Creto) -> None:
+    """An allowed name sent to an address creto never answered for it (curl --resolve skips our DNS)."""
+    result = creto.run(
+        ["curl", "-sS", "-m", "5", "--resolve", "api.allowed.test:443:203.0.113.20", "https://api.allowed.test/"]
+    )
+    assert result.status != 0
+    assert creto.world.seen.requests == []
+    assert any(row["reason"] == "ip_not_resolved_for_name" for row in result.requests)
+
+
+def test_the_agent_cannot_see_the_sidecar_or_its_state(creto: Creto) -> None:
+    code = f"""
+import os, pathlib
+names = []
+for p in pathlib.Path('/proc').glob('[0-9]*/cmdline'):
+    try: names.append(p.read_bytes())
+    except OSError: pass
+print('sidecar visible', any(b'--report-file' in n for n in names))
+state = pathlib.Path({str(creto.state)!r})
+print('state', list(state.rglob('*')) if state.exists() else [])
+for path in ('/proc/1/root', '/proc/1/environ', '/proc/1/mem'):
+    try:
+        os.listdir(path) if path.endswith('root') else open(path, 'rb').read(1)
+        print(path, 'readable')
+    except OSError as e: print(path, 'denied')
+"""
+    result = creto.python(code)
+    assert "sidecar visible False" in result.out, result.out + result.err
+    assert "state []" in result.out
+    assert "readable" not in result.out
+
+
+def test_secrets_are_nowhere_in_state_report_or_log(creto: Creto) -> None:
+    code = """
+import openai
+openai.OpenAI().chat.completions.create(model="gpt-4o-mini", max_tokens=9,
+    messages=[{"role": "user", "content": "PROMPT-TEXT-SECRET"}])
+"""
+    result = creto.python(code)
+    assert result.status == 0, result.err
+    everything = str(result.report) + result.err
+    for path in creto.state.rglob("*"):
+        if path.is_file():
+            everything += path.read_bytes().decode("latin-1")
+    assert "0123456789abcdefSECRET" not in everything
+    assert "PROMPT-TEXT-SECRET" not in everything
+
+
+def test_whoami_and_usage_answer_inside(creto: Creto) -> None:
+    result = creto.run(["curl", "-sS", "http://creto.internal/v1/whoami"])
+    assert '"name":"tester"' in result.out, result.err
+    assert "/human/" in result.out
+    assert creto.run(["curl", "-sSf", "http://creto.internal/v1/usage"]).status == 0
+
+
+def test_sidecar_killed_mid_run_leaves_the_agent_without_a_way_out_and_loses_nothing(creto: Creto) -> None:
+    script = creto.directory / "agent.py"
+    ready, go = creto.directory / "ready", creto.directory / "go"
+    script.write_text(
+        f"""
+import pathlib, socket, time, urllib.request
+for _ in range(5): urllib.request.urlopen('https://api.allowed.test/k').read()
+pathlib.Path({str(ready)!r}).write_text('x')
+while not pathlib.Path({str(go)!r}).exists(): time.sleep(0.05)
+began = time.monotonic()
+try:
+    urllib.request.urlopen('https://api.allowed.test/k', timeout=5); verdict = 'reached'
+except Exception as e: verdict = f'failed after {{time.monotonic() - began:.2f}} {{type(e).__name__}}'
+pathlib.Path({str(creto.directory / "verdict")!r}).write_text(verdict)
+"""
+    )
+    process = subprocess.Popen(
+        creto.run_command([sys.executable, str(script)]), env=creto.environment, cwd=creto.directory,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    wait_for(ready)
+    process.kill()
+    process.wait()
+    seen = len(creto.world.seen.requests)
+    go.write_text("x")
+    verdict = creto.directory / "verdict"
+    deadline = time.monotonic() + 10
+    while not verdict.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    # Either the agent was ended with its sidecar, or its next connection failed at once; it never got out.
+    assert len(creto.world.seen.requests) == seen == 5
+    if verdict.exists():
+        assert verdict.read_text().startswith("failed after 0.")
+    again = creto.run(["true"])
+    assert again.status == 0, again.err
+    usage = creto.call("usage", "--json")
+    assert '"requests": 5' in usage.stdout or '"requests":5' in usage.stdout, usage.stdout + usage.stderr
+    verify = creto.call("audit", "verify", "--json")
+    assert verify.returncode == 0, verify.stdout + verify.stderr
+    tail = creto.call("audit", "tail", "--json", "-n", "100")
+    assert tail.stdout.count("api.allowed.test") == 5
+
+
+def wait_for(path: Path, timeout: float = 20) -> None:
+    deadline = time.monotonic() + timeout
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path.name} did not appear"
+        time.sleep(0.02)
