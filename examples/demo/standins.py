@@ -236,9 +236,10 @@ def standins(directory: Path, names: list[str]) -> Iterator[StandIns]:
     ca, context = certificates(directory, names)
     seen, ports, ready = Seen(), [], threading.Event()
     loop = asyncio.new_event_loop()
+    stop = asyncio.Event()
 
     async def serve() -> None:
-        runner = web.AppRunner(application(seen), access_log=None)
+        runner = web.AppRunner(application(seen), access_log=None, shutdown_timeout=1.0)
         await runner.setup()
         for tls in (context, None):
             site = web.TCPSite(runner, "127.0.0.1", 0, ssl_context=tls)
@@ -247,11 +248,13 @@ def standins(directory: Path, names: list[str]) -> Iterator[StandIns]:
             assert isinstance(server, asyncio.base_events.Server)
             ports.append(server.sockets[0].getsockname()[1])
         ready.set()
+        await stop.wait()
+        await runner.cleanup()
 
     def run() -> None:
         asyncio.set_event_loop(loop)
-        loop.create_task(serve())
-        loop.run_forever()
+        loop.run_until_complete(serve())
+        loop.close()
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
@@ -260,5 +263,5 @@ def standins(directory: Path, names: list[str]) -> Iterator[StandIns]:
     try:
         yield StandIns(https=ports[0], http=ports[1], ca=ca, seen=seen)
     finally:
-        loop.call_soon_threadsafe(loop.stop)
+        loop.call_soon_threadsafe(stop.set)
         thread.join(5)

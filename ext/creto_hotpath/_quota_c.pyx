@@ -87,8 +87,10 @@ cdef enum:
     S_TOLERANCE_NS = 10
     S_TOLERANCE_FRAC = 11
     S_REFUNDED = 12
+    S_REFUNDED_FRAC = 13
 
-    RECORD_WORDS = 128
+    RECORD_WORDS = 168
+    PAIR_WORDS = 3
     R_ID = 0
     R_EXPIRES = 1
     R_NEXT = 2
@@ -115,7 +117,7 @@ cdef dict layout_here():
         H_LAST_NOW=H_LAST_NOW, H_UNDO=H_UNDO, SLOT_WORDS=SLOT_WORDS, S_STATE=S_STATE, S_A=S_A, S_B=S_B,
         S_LIMIT=S_LIMIT, S_PERIOD=S_PERIOD, S_START=S_START, S_USED=S_USED, S_RESERVED=S_RESERVED, S_DENIED=S_DENIED,
         S_BURST=S_BURST, S_TOLERANCE_NS=S_TOLERANCE_NS, S_TOLERANCE_FRAC=S_TOLERANCE_FRAC, S_REFUNDED=S_REFUNDED,
-        RECORD_WORDS=RECORD_WORDS, R_ID=R_ID, R_EXPIRES=R_EXPIRES, R_NEXT=R_NEXT, R_COUNTS=R_COUNTS,
+        S_REFUNDED_FRAC=S_REFUNDED_FRAC, RECORD_WORDS=RECORD_WORDS, PAIR_WORDS=PAIR_WORDS, R_ID=R_ID, R_EXPIRES=R_EXPIRES, R_NEXT=R_NEXT, R_COUNTS=R_COUNTS,
         R_AMOUNTS=R_AMOUNTS, R_PAIRS=R_PAIRS, MAX_AMOUNT=MAX_AMOUNT, MAX_USED=MAX_USED, MAX_TIME=MAX_TIME,
         REMOVED=K_REMOVED, FIXED=K_FIXED, CALENDAR=K_CALENDAR, GCRA=K_GCRA, TOTAL=K_TOTAL, CONCURRENCY=K_CONCURRENCY,
     )
@@ -194,8 +196,12 @@ cdef inline bint fits(const int64_t *s, int64_t kind, int64_t amount, int64_t no
     return taken + amount <= s[S_LIMIT]
 
 
-cdef inline int64_t gcra_mark(const int64_t *s) noexcept nogil:
-    return cr_wrap_add(s[S_START] + (s[S_USED] > 0), s[S_REFUNDED])
+cdef inline void gcra_mark(const int64_t *s, int64_t *mark) noexcept nogil:
+    """Where the last hold ends in arrival time, on a scale that refunds do not move."""
+    cdef int64_t frac = s[S_USED] + s[S_REFUNDED_FRAC]
+    cdef int64_t carry = 1 if frac >= s[S_LIMIT] else 0
+    mark[0] = cr_wrap_add(s[S_START] + carry, s[S_REFUNDED])
+    mark[1] = frac - carry * s[S_LIMIT]
 
 
 cdef inline void advance(cr_txn *t, int64_t at, int64_t amount, int64_t now) noexcept nogil:
@@ -206,40 +212,52 @@ cdef inline void advance(cr_txn *t, int64_t at, int64_t amount, int64_t now) noe
     cr_set(t, at + S_USED, frac)
 
 
-cdef inline int64_t charge(cr_txn *t, int64_t at, int64_t kind, int64_t amount, int64_t now) noexcept nogil:
+cdef inline void charge(
+    cr_txn *t, int64_t at, int64_t kind, int64_t amount, int64_t now, int64_t *mark
+) noexcept nogil:
     cdef const int64_t *s = t.words + at
     if kind == K_GCRA:
         if amount:
             advance(t, at, amount, now)
-        return gcra_mark(s)
+        gcra_mark(s, mark)
+        return
     if kind == K_FIXED and s[S_START] + s[S_PERIOD] <= now:
         cr_set(t, at + S_START, now - now % s[S_PERIOD])
         cr_set(t, at + S_USED, 0)
         cr_set(t, at + S_RESERVED, 0)
     if amount:
         cr_set(t, at + S_RESERVED, s[S_RESERVED] + amount)
-    return s[S_START]
+    mark[0] = s[S_START]
+    mark[1] = 0
 
 
-cdef void refund(cr_txn *t, int64_t at, int64_t amount, int64_t mark, int64_t now) noexcept nogil:
+cdef void refund(cr_txn *t, int64_t at, int64_t amount, const int64_t *mark, int64_t now) noexcept nogil:
     cdef const int64_t *s = t.words + at
-    cdef int64_t undrained = cr_wrap_sub(cr_wrap_sub(mark, s[S_REFUNDED]), now)
-    cdef int64_t whole = 0, rest = 0, frac, borrow
-    if undrained <= 0:
+    cdef int64_t limit = s[S_LIMIT]
+    cdef int64_t undrained = cr_wrap_sub(cr_wrap_sub(mark[0], s[S_REFUNDED]), now)
+    cdef int64_t undrained_frac = mark[1] - s[S_REFUNDED_FRAC]
+    cdef int64_t whole = 0, rest = 0, frac, over
+    if undrained_frac < 0:
+        undrained_frac += limit
+        undrained -= 1
+    if undrained < 0:
         return
-    cr_gcra_add(&whole, &rest, amount, s[S_PERIOD], s[S_LIMIT], MAX_TIME)
-    if whole + (rest > 0) > undrained:
+    cr_gcra_add(&whole, &rest, amount, s[S_PERIOD], limit, MAX_TIME)
+    if whole > undrained or (whole == undrained and rest > undrained_frac):
         whole = undrained
-        rest = 0
+        rest = undrained_frac
     frac = s[S_USED] - rest
-    borrow = 1 if frac < 0 else 0
-    cr_set(t, at + S_START, s[S_START] - whole - borrow)
-    cr_set(t, at + S_USED, frac + borrow * s[S_LIMIT])
-    cr_set(t, at + S_REFUNDED, cr_wrap_add(s[S_REFUNDED], whole))
+    over = 1 if frac < 0 else 0
+    cr_set(t, at + S_START, s[S_START] - whole - over)
+    cr_set(t, at + S_USED, frac + over * limit)
+    frac = s[S_REFUNDED_FRAC] + rest
+    over = 1 if frac >= limit else 0
+    cr_set(t, at + S_REFUNDED, cr_wrap_add(s[S_REFUNDED], whole + over))
+    cr_set(t, at + S_REFUNDED_FRAC, frac - over * limit)
 
 
 cdef inline void settle(
-    cr_txn *t, int64_t at, int64_t kind, int64_t reserved, int64_t actual, int64_t mark, int64_t now
+    cr_txn *t, int64_t at, int64_t kind, int64_t reserved, int64_t actual, const int64_t *mark, int64_t now
 ) noexcept nogil:
     cdef const int64_t *s = t.words + at
     if kind == K_GCRA:
@@ -248,7 +266,7 @@ cdef inline void settle(
         elif actual < reserved:
             refund(t, at, reserved - actual, mark, max(now, t.words[H_LAST_NOW]))
         return
-    if (kind == K_FIXED or kind == K_CALENDAR) and mark != s[S_START]:
+    if (kind == K_FIXED or kind == K_CALENDAR) and mark[0] != s[S_START]:
         return
     cr_set(t, at + S_RESERVED, s[S_RESERVED] - reserved)
     if kind != K_CONCURRENCY:
@@ -328,7 +346,7 @@ cdef int own(QuotaTable table, QuotaPath path) except -1:
 cdef class QuotaTable:
     """Quotas in a file mapped by every process that shares them. See ``_quota_py.QuotaTable``."""
 
-    def __init__(self, path=None, slots=65536, reservations=16384):
+    def __init__(self, path=None, slots=65536, reservations=8192):
         if self.file is not None:
             raise TypeError("a quota table is opened once")
         self.file = _layout.TableFile(path, _layout.Geometry.wanted(slots, reservations), _layout.COMPILED)
@@ -569,8 +587,8 @@ cdef class QuotaTable:
             w[base] = (
                 (f.at - HEADER_WORDS) // SLOT_WORDS | <int64_t>f.meter << 32 | <int64_t>(<uint64_t>(f.state >> 8) << 48)
             )
-            w[base + 1] = charge(t, f.at, f.state & 0xFF, amounts[f.meter], now)
-            base += 2
+            charge(t, f.at, f.state & 0xFF, amounts[f.meter], now, w + base + 1)
+            base += PAIR_WORDS
         cr_set(t, self.records_at + record * RECORD_WORDS + R_ID, rid)
         return rid
 
@@ -678,15 +696,15 @@ cdef class QuotaTable:
         cdef cr_txn *t = &self.txn
         cdef int64_t pairs = min(w[base + R_COUNTS] >> 32, <int64_t>MAX_PAIRS)
         cdef int64_t n, packed, meter, at, state
+        cdef const int64_t *pair
         for n in range(pairs):
-            packed = w[base + R_PAIRS + 2 * n]
+            pair = w + base + R_PAIRS + PAIR_WORDS * n
+            packed = pair[0]
             meter = (packed >> 32) & (MAX_METERS - 1)
             at = HEADER_WORDS + (packed & self.slots_mask) * SLOT_WORDS
             state = w[at]
             if state >> 8 == <int64_t>(<uint64_t>packed >> 48) and state & 0xFF != K_REMOVED:
-                settle(
-                    t, at, state & 0xFF, w[base + R_AMOUNTS + meter], actual[meter], w[base + R_PAIRS + 2 * n + 1], now
-                )
+                settle(t, at, state & 0xFF, w[base + R_AMOUNTS + meter], actual[meter], pair + 1, now)
         cr_set(t, base + R_ID, 0)
         cr_set(t, base + R_NEXT, w[H_FREE])
         cr_set(t, H_FREE, (base - self.records_at) // RECORD_WORDS + 1)
@@ -791,6 +809,7 @@ cdef void write_slot(
     cr_set(t, at + S_TOLERANCE_NS, tolerance_ns)
     cr_set(t, at + S_TOLERANCE_FRAC, tolerance_frac)
     cr_set(t, at + S_REFUNDED, 0)
+    cr_set(t, at + S_REFUNDED_FRAC, 0)
     cr_set(t, at, generation << 8 | kind)
     cr_set(t, H_GENERATION, t.words[H_GENERATION] + 1)
 
@@ -819,6 +838,7 @@ cdef void rewrite_rate(
     if s[S_USED]:
         cr_set(t, at + S_START, s[S_START] + 1)
         cr_set(t, at + S_USED, 0)
+    cr_set(t, at + S_REFUNDED_FRAC, 0)
     cr_set(t, at + S_LIMIT, limit)
     cr_set(t, at + S_PERIOD, period)
     cr_set(t, at + S_BURST, burst)
@@ -832,6 +852,7 @@ cdef int64_t charge_anyway(cr_txn *t, QuotaPath path, const int64_t *amounts, in
     cdef int64_t *w = t.words
     cdef Py_ssize_t i
     cdef int64_t at, kind, amount
+    cdef int64_t[2] mark
     for i in range(path.count):
         if path.found[i].state & 0xFF == K_CALENDAR and now >= w[path.found[i].at + S_PERIOD]:
             return 0
@@ -844,12 +865,13 @@ cdef int64_t charge_anyway(cr_txn *t, QuotaPath path, const int64_t *amounts, in
         if kind == K_CONCURRENCY:
             continue
         if kind != K_GCRA:
-            charge(t, at, kind, 0, now)
+            charge(t, at, kind, 0, now, mark)
             cr_set(t, at + S_USED, max(-MAX_USED, min(w[at + S_USED] + amount, MAX_USED)))
         elif amount > 0:
             advance(t, at, amount, now)
         elif amount < 0:
-            refund(t, at, -amount, gcra_mark(w + at), now)
+            gcra_mark(w + at, mark)
+            refund(t, at, -amount, mark, now)
     return 1
 
 

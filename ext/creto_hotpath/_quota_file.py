@@ -5,7 +5,7 @@ The file is one array of 64-bit little-endian words, mapped by every process tha
     header    512 words   geometry, the lock, the free list, the undo log, the pids in the seats
     slots     16 each     open addressing by the second word of the key, linear probing
     bloom      8 each     one block per 16 slots (32 bits per key); "no" saves the probe
-    records  128 each     reservations in flight
+    records  168 each     reservations in flight
 
 Every process keeps a kernel lock (open file description lock, fcntl(2)) on the byte of its *seat* while it has the
 table open, so that others can ask the kernel whether it still lives. The compiled form and the Python twin use the
@@ -27,7 +27,7 @@ from typing import Final
 from weakref import WeakSet
 
 from creto_hotpath._bloom_py import SALT
-from creto_hotpath._quota_types import PATIENCE_NS, REMOVED, QuotaBusy, QuotaFull, QuotaTableError
+from creto_hotpath._quota_types import MAX_PAIRS, PATIENCE_NS, REMOVED, QuotaBusy, QuotaFull, QuotaTableError
 
 WORD: Final = 8
 MAGIC: Final = int.from_bytes(b"CRETOQT1", "little")
@@ -45,7 +45,7 @@ SEATS: Final = 64
 HEADER_WORDS: Final = 512
 
 S_STATE, S_A, S_B, S_LIMIT, S_PERIOD, S_START, S_USED, S_RESERVED = range(8)
-S_DENIED, S_BURST, S_TOLERANCE_NS, S_TOLERANCE_FRAC, S_REFUNDED = range(8, 13)
+S_DENIED, S_BURST, S_TOLERANCE_NS, S_TOLERANCE_FRAC, S_REFUNDED, S_REFUNDED_FRAC = range(8, 14)
 SLOT_WORDS: Final = 16
 
 BLOCK_WORDS: Final = 8
@@ -54,7 +54,8 @@ SLOTS_PER_BLOCK: Final = 16
 R_ID, R_EXPIRES, R_NEXT, R_COUNTS = range(4)
 R_AMOUNTS: Final = 8
 R_PAIRS: Final = 24
-RECORD_WORDS: Final = 128
+PAIR_WORDS: Final = 3
+RECORD_WORDS: Final = R_PAIRS + MAX_PAIRS * PAIR_WORDS
 INDEX_BITS: Final = 20
 
 # Byte ranges that are only ever locked, far behind the end of the file.
@@ -178,7 +179,8 @@ def _copy_records(old: memoryview, was: Geometry, new: memoryview, now: Geometry
         new[there : there + RECORD_WORDS] = old[at : at + RECORD_WORDS]
         if not old[at + R_ID]:
             continue
-        for pair in range(there + R_PAIRS, there + R_PAIRS + 2 * (old[at + R_COUNTS] >> 32), 2):
+        first = there + R_PAIRS
+        for pair in range(first, first + PAIR_WORDS * (old[at + R_COUNTS] >> 32), PAIR_WORDS):
             packed = unsigned(new[pair])
             # A slot that was removed has no new place; no generation is 0, so what points at nothing settles nothing.
             place = moved.get(packed & 0xFFFFFFFF)

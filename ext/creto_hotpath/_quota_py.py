@@ -94,8 +94,8 @@ class QuotaTable(q.Forkable):
 
     path: file to create or join, private to the user (0600); None for memory shared with forked children only.
     slots: quotas it is sized for, three quarters of the next power of two; 128 bytes each and 4 more of bloom filter.
-    reservations: how many may be in flight, 1 KiB each. A larger table is made of a smaller one by whoever opens it
-    first; it never shrinks.
+    reservations: how many may be in flight, 1344 bytes each. A larger table is made of a smaller one by whoever opens
+    it first; it never shrinks.
 
     A reservation is all or nothing over every quota of a path, in every process: amounts are checked against all of
     them inside one short critical section and only then written, so nobody ever sees a charge that is taken back.
@@ -111,7 +111,7 @@ class QuotaTable(q.Forkable):
 
     _engine: Final = q.TWIN
 
-    def __init__(self, path: str | None = None, slots: int = 65536, reservations: int = 16384) -> None:
+    def __init__(self, path: str | None = None, slots: int = 65536, reservations: int = 8192) -> None:
         self._file = q.TableFile(path, q.Geometry.wanted(slots, reservations), self._engine)
         self._mutex = threading.Lock()
         self._attach()
@@ -270,6 +270,7 @@ class QuotaTable(q.Forkable):
             (q.S_TOLERANCE_NS, new.tolerance_ns),
             (q.S_TOLERANCE_FRAC, new.tolerance_frac),
             (q.S_REFUNDED, 0),
+            (q.S_REFUNDED_FRAC, 0),
             (q.S_STATE, generation << 8 | new.kind),
         )
         for field, value in fields:
@@ -301,6 +302,7 @@ class QuotaTable(q.Forkable):
         if words[at + q.S_USED]:  # a rest in units of 1 / old limit; rounded up to a nanosecond it needs no unit
             self._set(at + q.S_START, words[at + q.S_START] + 1)
             self._set(at + q.S_USED, 0)
+        self._set(at + q.S_REFUNDED_FRAC, 0)  # only ever compared within one generation
         self._set(at + q.S_LIMIT, new.limit)
         self._set(at + q.S_PERIOD, new.period)
         self._set(at + q.S_BURST, new.burst)
@@ -398,9 +400,9 @@ class QuotaTable(q.Forkable):
             words[base + q.R_AMOUNTS + meter] = amount
         for n, (at, state, meter, _) in enumerate(path._found):
             number = (at - q.HEADER_WORDS) // q.SLOT_WORDS
-            pair = base + q.R_PAIRS + 2 * n
+            pair = base + q.R_PAIRS + q.PAIR_WORDS * n
             words[pair] = q.signed(number | meter << 32 | (state >> 8) << 48)
-            words[pair + 1] = self._charge(at, state & 0xFF, amounts[meter], now_ns)
+            words[pair + 1], words[pair + 2] = self._charge(at, state & 0xFF, amounts[meter], now_ns)
         self._set(base + q.R_ID, rid)
         return rid
 
@@ -425,7 +427,17 @@ class QuotaTable(q.Forkable):
         whole, rest = divmod(amount * words[at + q.S_PERIOD] + frac, words[at + q.S_LIMIT])
         return (ns + whole, rest) if ns + whole <= MAX_TIME else (MAX_TIME, 0)
 
-    def _charge(self, at: int, kind: int, amount: int, now_ns: int) -> int:
+    def _gcra_mark(self, at: int) -> tuple[int, int]:
+        """Where the last hold ends in arrival time, on a scale that refunds do not move: nanoseconds and the rest."""
+        words = self._words
+        frac = words[at + q.S_USED] + words[at + q.S_REFUNDED_FRAC]
+        carry = 1 if frac >= words[at + q.S_LIMIT] else 0
+        return (
+            q.signed(words[at + q.S_START] + words[at + q.S_REFUNDED] + carry),
+            frac - carry * words[at + q.S_LIMIT],
+        )
+
+    def _charge(self, at: int, kind: int, amount: int, now_ns: int) -> tuple[int, int]:
         """Charges a hold that fits; gives the mark by which ``_settle`` knows what became of it since."""
         words = self._words
         if kind == GCRA:
@@ -433,14 +445,14 @@ class QuotaTable(q.Forkable):
                 ns, frac = self._arrival(at, amount, now_ns)
                 self._set(at + q.S_START, ns)
                 self._set(at + q.S_USED, frac)
-            return q.signed(words[at + q.S_START] + (words[at + q.S_USED] > 0) + words[at + q.S_REFUNDED])
+            return self._gcra_mark(at)
         if kind == FIXED and words[at + q.S_START] + words[at + q.S_PERIOD] <= now_ns:
             self._set(at + q.S_START, now_ns - now_ns % words[at + q.S_PERIOD])
             self._set(at + q.S_USED, 0)
             self._set(at + q.S_RESERVED, 0)
         if amount:
             self._set(at + q.S_RESERVED, words[at + q.S_RESERVED] + amount)
-        return int(words[at + q.S_START])
+        return words[at + q.S_START], 0
 
     def _record(self, index: int) -> int:
         return self._geometry.records_at + index * q.RECORD_WORDS
@@ -525,19 +537,20 @@ class QuotaTable(q.Forkable):
     def _settle_all(self, base: int, actual: tuple[int, ...], now_ns: int) -> None:
         words = self._words
         for n in range(words[base + q.R_COUNTS] >> 32):
-            packed = q.unsigned(words[base + q.R_PAIRS + 2 * n])
+            pair = base + q.R_PAIRS + q.PAIR_WORDS * n
+            packed = q.unsigned(words[pair])
             meter = packed >> 32 & 0xFFFF
             at = self._slot(packed & self._mask)
             state = words[at]
             if state >> 8 == packed >> 48 and state & 0xFF != REMOVED:
                 reserved = words[base + q.R_AMOUNTS + meter]
-                mark = words[base + q.R_PAIRS + 2 * n + 1]
+                mark = words[pair + 1], words[pair + 2]
                 self._settle(at, state & 0xFF, reserved, actual[meter], mark, now_ns)
         self._set(base + q.R_ID, 0)
         self._set(base + q.R_NEXT, words[q.H_FREE])
         self._set(q.H_FREE, (base - self._geometry.records_at) // q.RECORD_WORDS + 1)
 
-    def _settle(self, at: int, kind: int, reserved: int, actual: int, mark: int, now_ns: int) -> None:
+    def _settle(self, at: int, kind: int, reserved: int, actual: int, mark: tuple[int, int], now_ns: int) -> None:
         words = self._words
         if kind == GCRA:
             if actual > reserved:
@@ -547,30 +560,35 @@ class QuotaTable(q.Forkable):
             elif actual < reserved:
                 self._refund(at, reserved - actual, mark, max(now_ns, words[q.H_LAST_NOW]))
             return
-        if kind in (FIXED, CALENDAR) and mark != words[at + q.S_START]:
+        if kind in (FIXED, CALENDAR) and mark[0] != words[at + q.S_START]:
             return
         self._set(at + q.S_RESERVED, words[at + q.S_RESERVED] - reserved)
         if kind != CONCURRENCY:
             self._set(at + q.S_USED, min(words[at + q.S_USED] + actual, MAX_USED))
 
-    def _refund(self, at: int, amount: int, mark: int, now_ns: int) -> None:
+    def _refund(self, at: int, amount: int, mark: tuple[int, int], now_ns: int) -> None:
         """Takes units out of a GCRA quota again, but only as far as time has not drained them.
 
         A hold occupies the stretch of arrival time that ends at ``mark`` minus what was refunded since. What of it
-        lies before now has drained: taking that out would erase what others charged after it.
+        lies before now has drained: taking that out would erase what others charged after it. All of it is exact,
+        in nanoseconds and a rest in units of 1 / limit.
         """
         words = self._words
-        undrained = q.signed(mark - words[at + q.S_REFUNDED] - now_ns)
-        if undrained <= 0:
+        limit = words[at + q.S_LIMIT]
+        undrained_frac = mark[1] - words[at + q.S_REFUNDED_FRAC]
+        borrow = 1 if undrained_frac < 0 else 0
+        undrained = q.signed(mark[0] - words[at + q.S_REFUNDED] - now_ns) - borrow
+        if undrained < 0:
             return
-        whole, rest = divmod(amount * words[at + q.S_PERIOD], words[at + q.S_LIMIT])
-        if whole + (rest > 0) > undrained:
-            whole, rest = undrained, 0
+        whole, rest = min(divmod(amount * words[at + q.S_PERIOD], limit), (undrained, undrained_frac + borrow * limit))
         frac = words[at + q.S_USED] - rest
         borrow = 1 if frac < 0 else 0
         self._set(at + q.S_START, words[at + q.S_START] - whole - borrow)
-        self._set(at + q.S_USED, frac + borrow * words[at + q.S_LIMIT])
-        self._set(at + q.S_REFUNDED, q.signed(words[at + q.S_REFUNDED] + whole))
+        self._set(at + q.S_USED, frac + borrow * limit)
+        frac = words[at + q.S_REFUNDED_FRAC] + rest
+        carry = 1 if frac >= limit else 0
+        self._set(at + q.S_REFUNDED, q.signed(words[at + q.S_REFUNDED] + whole + carry))
+        self._set(at + q.S_REFUNDED_FRAC, frac - carry * limit)
 
     def charge(self, path: QuotaPath, amounts: tuple[int, ...], now_ns: int) -> bool:
         """Charges without asking: usage that happened all the same, or, negative, a credit that may pass the limit.
@@ -604,8 +622,7 @@ class QuotaTable(q.Forkable):
             self._set(at + q.S_START, ns)
             self._set(at + q.S_USED, frac)
         elif amount < 0:
-            everything = q.signed(words[at + q.S_START] + (words[at + q.S_USED] > 0) + words[at + q.S_REFUNDED])
-            self._refund(at, -amount, everything, now_ns)
+            self._refund(at, -amount, self._gcra_mark(at), now_ns)
 
     def expired(self, path: QuotaPath, now_ns: int) -> list[int]:
         """Indices, in the path's keys, of the calendar quotas whose window has ended."""

@@ -249,7 +249,8 @@ def _budget_detail(refusal: Refusal) -> str:
     what = {"cost_usd": "dollars", "tokens": "tokens", "requests": "requests"}[slot.budget.metric]
     per = "in total" if slot.budget.window == "total" else f"per {slot.budget.window}"
     used = state.used + state.reserved
-    text = f"{slot.element} may use {slot.shown(state.limit)} {what} {per} and has used or reserved {slot.shown(used)}"
+    limit = f"{slot.shown(state.limit)} {what} {per}"
+    text = f"budget exhausted: {slot.element} may use {limit} and has used or reserved {slot.shown(used)}"
     if slot.meter == COST or slot.budget.metric == "tokens":
         text += f"; this request may use up to {slot.shown(requested)}"
         if requested > state.limit:

@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 
 from creto_hotpath.http1 import BadMessage
 from creto_hotpath.relay import Downstream, Exchange, Limits
-
 from creto_proxy.control import HOST as CONTROL_HOST
 from creto_proxy.egress import literal
 from creto_proxy.errors import CretoError, Permanent, Refused

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import msgpack
+
 from creto_hotpath.journal import Journal, JournalCorrupt, read_frames, recover
 from creto_platform.audit import Audit
-
 from creto_proxy.hookspecs import Consumer
 from creto_proxy.model import Outcome, Usage
 
@@ -205,7 +205,8 @@ class Replay:
             start = consumer.position(path.name)
             records: list[Outcome] = []
             upto = start
-            for payload, upto in read_frames(path, start):
+            for payload, end in read_frames(path, start):
+                upto = end
                 records.append(decode(payload))
                 if len(records) == BATCH:
                     break

@@ -9,8 +9,8 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import msgspec
-from creto_platform.authz import Authz, Query
 
+from creto_platform.authz import Authz, Query
 from creto_proxy.model import Decision, Request, Verdict
 from creto_proxy.settings import Extract
 

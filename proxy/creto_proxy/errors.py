@@ -34,7 +34,9 @@ class Transient(CretoError):
     status = 503
     reason = "unavailable"
 
-    def __init__(self, detail: str, *, retry_after_s: float = 1.0, reason: str | None = None, status: int | None = None) -> None:
+    def __init__(
+        self, detail: str, *, retry_after_s: float = 1.0, reason: str | None = None, status: int | None = None
+    ) -> None:
         super().__init__(detail, reason=reason, status=status)
         self.retry_after_s = retry_after_s
 

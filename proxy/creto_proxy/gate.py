@@ -49,7 +49,7 @@ class Gates:
             try:
                 self._guard.call(plugin, "gate", gate.settled, request, outcome)
             except StageFailed:
-                continue  # logged by the guard; the grant is spent, the request stays EXECUTING and becomes INDETERMINATE
+                continue  # logged by the guard; the request stays EXECUTING and becomes INDETERMINATE
 
 
 async def _hold(gate: Gate, request: Request, decision: Decision, client: Client) -> Decision:

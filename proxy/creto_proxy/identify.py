@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable
 
 from creto_platform.nhi import Identity
-
 from creto_proxy.hookspecs import Identifier
 from creto_proxy.model import Agent, Flow
 
@@ -63,7 +62,9 @@ class Links:
 class Identify:
     """The identify stage: the core's links first, then what plugins recognise. An expired delegation is nobody."""
 
-    def __init__(self, links: Links, identifiers: tuple[Identifier, ...], unix_s: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, links: Links, identifiers: tuple[Identifier, ...], unix_s: Callable[[], float] = time.time
+    ) -> None:
         self._identifiers: tuple[Identifier, ...] = (links, *identifiers)
         self._unix_s = unix_s
 

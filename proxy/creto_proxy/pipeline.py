@@ -17,7 +17,6 @@ from typing import Any
 
 from creto_hotpath.http1 import ResponseHead
 from creto_hotpath.relay import Exchange, Upstream
-
 from creto_proxy.audit import Recorder
 from creto_proxy.authorize import Policy
 from creto_proxy.control import HOST, Control
@@ -118,6 +117,7 @@ class Pipeline:
         agent = request.agent
         approval = request.approval
         allowed = decision is not None and decision.allowed
+        asked = decision.facts.get("approval_id", "") if decision is not None else ""
         return Outcome(
             id=request.id,
             at_unix_ns=self.clock.unix_ns(),
@@ -137,7 +137,7 @@ class Pipeline:
             decision=("approved" if approval is not None else "allow") if allowed else "deny",
             reason=decision.reason if decision is not None else "",
             policies=decision.policies if decision is not None else (),
-            approval_id=approval.id if approval is not None else str((decision.facts if decision else {}).get("approval_id", "")),
+            approval_id=approval.id if approval is not None else str(asked),
             run=self.run,
             **facts,
         )
@@ -395,14 +395,11 @@ class Passage:
     def _times(self) -> dict[str, int]:
         exchange = self._exchange
         end = exchange.ended_ns
-        if not self._sent:
-            creto = max(0, end - self._ready_ns - self._held_ns - self._reach_ns)
-            return {"creto_ns": creto, "held_ns": self._held_ns, "upstream_ns": 0, "total_ns": end - exchange.received_ns}
-        creto = max(0, exchange.forwarded_ns - self._ready_ns - self._held_ns - self._reach_ns)
+        decided = exchange.forwarded_ns if self._sent else end
         return {
-            "creto_ns": creto,
+            "creto_ns": max(0, decided - self._ready_ns - self._held_ns - self._reach_ns),
             "held_ns": self._held_ns,
-            "upstream_ns": max(0, end - exchange.forwarded_ns),
+            "upstream_ns": max(0, end - decided),
             "total_ns": end - exchange.received_ns,
         }
 

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from creto_platform.authz import EmbeddedAuthz, OversightProfile, PolicyError, bundled_policies
-
 from creto_proxy.config import Config
 from creto_proxy.errors import ConfigError
 from creto_proxy.hookspecs import DefinesProfiles

@@ -1,4 +1,4 @@
-"""What a run did: every request with its decision, the totals by agent and by chain, and the audit log's word for it."""
+"""What a run did: every request with its decision, totals by agent and by chain, and the audit log's word for it."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from creto_platform.audit import verify
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from creto_platform.audit import verify
 from creto_proxy.model import Outcome
 
 _STYLE = {"allow": "green", "approved": "cyan", "deny": "red"}

@@ -10,7 +10,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,6 @@ from creto_hotpath.relay import Pool
 from creto_platform import Platform, PlatformError, embedded
 from creto_platform.authz import bundled_policies
 from creto_platform.nhi import NhiError
-
 from creto_proxy import tls
 from creto_proxy.accept import Gateway
 from creto_proxy.audit import AuditTrail, Recorder, Replay

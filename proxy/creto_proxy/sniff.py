@@ -1,4 +1,4 @@
-"""The first bytes of a connection, read without taking them: the same socket can then be spliced, intercepted or parsed."""
+"""The first bytes of a connection, looked at and left there: the socket can then be spliced, intercepted or parsed."""
 
 from __future__ import annotations
 

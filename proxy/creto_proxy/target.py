@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from creto_hotpath.http1 import BadMessage, RequestHead, split_authority
-
 from creto_proxy.authorize import action_of
 from creto_proxy.control import HOST as CONTROL_HOST
 from creto_proxy.egress import literal

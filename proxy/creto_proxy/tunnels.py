@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from typing import cast
 
 from creto_hotpath.relay import Tunnel
-
 from creto_proxy.errors import CretoError, Permanent, Refused
 from creto_proxy.model import Agent, Decision, Flow, Kind, Request, Usage, Verdict
 from creto_proxy.pipeline import Pipeline
 from creto_proxy.sniff import reset
 from creto_proxy.target import request_id
+from creto_proxy.upstream import Parked
 
 
 class NoFields:
@@ -86,16 +85,18 @@ class Tunnels:
             return
         opened = pipeline.clock.now_ns()
         loop = asyncio.get_running_loop()
-        downstream, _ = await loop.connect_accepted_socket(_Paused, sock)
+        _, agent_side = await loop.connect_accepted_socket(Parked, sock)
+        early = upstream.received
+        if early:
+            agent_side.transport.write(early)  # a server that speaks first
 
         def closed(pump: Tunnel) -> None:
             self._pumps.discard(pump)
             usage = pipeline.meters.settle(request, None, status=0, completed=True)
-            self._record(
-                request, decision, held_ns, usage=usage, up=pump.bytes_up, down=pump.bytes_down, opened=opened
-            )
+            down = len(early) + pump.bytes_down
+            self._record(request, decision, held_ns, usage=usage, up=pump.bytes_up, down=down, opened=opened)
 
-        pump = Tunnel(downstream, upstream, on_close=closed)
+        pump = Tunnel(agent_side.transport, upstream.transport, agent_side.received, closed)
         self._pumps.add(pump)
 
     def _record(
@@ -148,8 +149,3 @@ class SilentClient:
             return False
         except OSError:
             return True
-
-
-class _Paused(asyncio.Protocol):
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        cast(asyncio.Transport, transport).pause_reading()

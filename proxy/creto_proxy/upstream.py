@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import TypeVar, cast
 
 from creto_hotpath.relay import Pool, Upstream
-
 from creto_proxy.egress import genuine
 from creto_proxy.errors import UpstreamTimeout, UpstreamUnreachable
 from creto_proxy.model import Permit
@@ -35,11 +34,11 @@ class Upstreams:
         _, upstream = await self._open(permit, lambda: Upstream(self._pool, permit.key))
         return upstream
 
-    async def open_raw(self, permit: Permit) -> asyncio.Transport:
-        """A fresh connection for bytes both ways, reading paused until a tunnel takes it over."""
+    async def open_raw(self, permit: Permit) -> Parked:
+        """A fresh connection for bytes both ways, held still until a tunnel takes it over."""
         _require_genuine(permit)
-        transport, _ = await self._open(permit, _Parked)
-        return transport
+        _, parked = await self._open(permit, Parked)
+        return parked
 
     async def _open(self, permit: Permit, factory: Callable[[], P]) -> tuple[asyncio.Transport, P]:
         loop = asyncio.get_running_loop()
@@ -67,11 +66,24 @@ class Upstreams:
         self._pool.close()
 
 
-class _Parked(asyncio.Protocol):
-    """Holds a new connection still: not a byte may be read before the tunnel that owns it exists."""
+class Parked(asyncio.Protocol):
+    """Holds a new connection still, and keeps what it said before the tunnel that will own it exists.
+
+    Event loops may start to read only after ``connection_made``, so pausing there is not enough.
+    """
+
+    transport: asyncio.Transport
+
+    def __init__(self) -> None:
+        self.received = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        cast(asyncio.Transport, transport).pause_reading()
+        self.transport = cast(asyncio.Transport, transport)
+        self.transport.pause_reading()
+
+    def data_received(self, data: bytes) -> None:
+        self.received += data
+        self.transport.pause_reading()
 
 
 def _require_genuine(permit: Permit) -> None:

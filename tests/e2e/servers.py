@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "demo"))
 
-from standins import certificates  # noqa: E402
+from standins import certificates
 
 
 class _Quiet(http.server.SimpleHTTPRequestHandler):

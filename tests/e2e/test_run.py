@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import Creto
+from .conftest import Creto, wait_for
 
 
 def test_curl_reaches_an_allowed_host_through_interception_without_setup(creto: Creto) -> None:
@@ -250,10 +250,3 @@ pathlib.Path({str(creto.directory / "verdict")!r}).write_text(verdict)
     assert verify.returncode == 0, verify.stdout + verify.stderr
     tail = creto.call("audit", "tail", "--json", "-n", "100")
     assert tail.stdout.count("api.allowed.test") == 5
-
-
-def wait_for(path: Path, timeout: float = 20) -> None:
-    deadline = time.monotonic() + timeout
-    while not path.exists():
-        assert time.monotonic() < deadline, f"{path.name} did not appear"
-        time.sleep(0.02)

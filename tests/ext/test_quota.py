@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from creto_hotpath import _quota_file as layout
@@ -358,7 +358,7 @@ def test_a_table_without_room_says_so_and_keeps_working(form: Form) -> None:
     with form("quota").QuotaTable(None, slots=16, reservations=4) as table:
         for n in range(12):
             table.define(key(f"q{n}"), TOTAL, n)
-        with pytest.raises(QuotaFull, match="12 of 16|3/4 of 16"):
+        with pytest.raises(QuotaFull, match="3/4 of 16"):
             table.define(key("one more"), TOTAL, 1)
         table.define(key("q3"), TOTAL, 33)
         assert table.state(key("q3"), NOW).limit == 33
@@ -1041,6 +1041,7 @@ def test_a_table_answers_like_its_definition(
     st.integers(0, 8),
     st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9), st.integers(0, 60), st.integers(0, 25)), max_size=25),
 )
+@example(2, 5, 1, [(1, 0, 1, 0), (1, 1, 0, 1), (1, 0, 0, 2)])  # half a nanosecond of a hold has not drained
 def test_refunds_never_give_back_more_than_was_not_used(
     form: Form, count: int, period: int, burst: int, requests: list[tuple[int, int, int, int]]
 ) -> None:

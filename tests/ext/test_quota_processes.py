@@ -81,7 +81,7 @@ def total(running: list[subprocess.Popen[str]]) -> int:
 
 
 def test_processes_are_admitted_exactly_to_the_limit(form: Form, table: Any) -> None:
-    limit = 60_000 if form.compiled else 600
+    limit = 900_000 if form.compiled else 600
     table.define(key("platform"), TOTAL, 10 * limit)
     table.define(key("org"), TOTAL, limit)
     table.define(key("agent"), TOTAL, 10 * limit)
@@ -95,7 +95,7 @@ def test_processes_are_admitted_exactly_to_the_limit(form: Form, table: Any) -> 
 
 
 def test_teams_in_different_processes_share_their_organisation_exactly(form: Form, table: Any) -> None:
-    limit = 40_000 if form.compiled else 400
+    limit = 400_000 if form.compiled else 400
     table.define(key("org"), TOTAL, limit)
     table.define(key("one"), TOTAL, limit)
     table.define(key("other"), TOTAL, limit // 4)

@@ -579,7 +579,7 @@ def test_verification_finds_damage_in_every_file(log: EmbeddedAudit, tmp_path: P
 def test_verification_in_steps_checks_the_tiles_of_every_level(
     log: EmbeddedAudit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("creto_platform.audit.verify._STEP", 256)
+    monkeypatch.setattr("creto_platform.audit.verification._STEP", 256)
     log.append(records(0, 1000))
     log.publish()
     directory = tmp_path / "audit" / "log"

@@ -185,6 +185,13 @@ def test_a_directory_belongs_to_one_trust_domain(nhi: EmbeddedNhi, tmp_path: Pat
         EmbeddedNhi(tmp_path / "other", CRYPTO, trust_domain="UPPER", clock=clock)
 
 
+def test_a_damaged_directory_is_an_error_that_names_the_file(tmp_path: Path, clock: Clock) -> None:
+    (tmp_path / "nhi").mkdir()
+    (tmp_path / "nhi" / "nhi.db").write_bytes(b"not a database" * 100)
+    with pytest.raises(NhiError, match=r"nhi\.db: file is not a database"):
+        open_nhi(tmp_path, clock)
+
+
 def test_a_chain_expires_to_the_second(nhi: EmbeddedNhi, clock: Clock) -> None:
     identity = nhi.agent("a", ttl_s=60)
     nhi.verify_chain(identity.tokens, clock.now + 59)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
+
 from creto_platform.authz import Answer, Query
 from creto_proxy.authorize import Policy, json_pointer, speaks_mcp
 from creto_proxy.model import Approval, Verdict

@@ -6,6 +6,7 @@ import ipaddress
 from collections.abc import Sequence
 
 import pytest
+
 from creto_proxy.deadline import Guard
 from creto_proxy.egress import Egress, genuine
 from creto_proxy.errors import Refused, StageFailed
@@ -96,7 +97,7 @@ async def test_an_address_literal_needs_its_own_rule() -> None:
 
 
 async def test_the_strictest_of_several_guards_wins() -> None:
-    two = Egress([("a", Names()), ("b", Names("other"))], Fixed(PUBLIC), {}, Guard(1.0))  # type: ignore[list-item]
+    two = Egress([("a", Names()), ("b", Names("other"))], Fixed(PUBLIC), {}, Guard(1.0))
     with pytest.raises(Refused):
         await two.permit(make_request())
 

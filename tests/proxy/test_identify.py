@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 
 import pytest
+
 from creto_proxy.identify import Identify, Links, proxy_credentials
 from creto_proxy.model import Agent, Flow
 from creto_proxy.testing import make_agent, make_flow

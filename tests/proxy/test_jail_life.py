@@ -6,6 +6,8 @@ import fcntl
 import os
 import pty
 import select
+import shlex
+import shutil
 import signal
 import tempfile
 import time
@@ -163,8 +165,10 @@ def test_working_directory_that_is_covered_is_refused(place: Lab) -> None:
 class Shell:
     """A terminal with the sidecar in its foreground, as an interactive shell would leave it."""
 
-    def __init__(self, place: Lab, argv: list[str]) -> None:
+    def __init__(self, place: Lab, argv: list[str], *, inside: list[str] | None = None) -> None:
         command, self.report, environment = place.command(argv)
+        self.sidecar = shlex.join(command)
+        command = inside or command
         self.pid, self.terminal = pty.fork()
         if self.pid == 0:
             if place.uid != os.geteuid():
@@ -220,5 +224,41 @@ def test_stopping_where_nobody_could_continue_does_not_hang(place: Lab) -> None:
     shell.type(b"\x1a")
     shell.type(b"on\n")
     shell.expect(b"got on")
+    shell.close()
+    assert '"status": 0' in shell.report.read_text()
+
+
+def test_shell_stops_and_continues_the_agent_as_its_job(place: Lab) -> None:
+    bash = shutil.which("bash")
+    if bash is None:
+        pytest.skip("no bash here")
+    program = "print('ready', flush=True)\nfor _ in range(2): print('got', input(), flush=True)"
+    shell = Shell(place, [place.python, "-I", "-S", "-c", program], inside=[bash, "--norc", "-i"])
+    shell.type(f"{shell.sidecar}\n".encode())
+    shell.expect(b"\nready")
+    shell.type(b"one\n")
+    shell.expect(b"got one")
+    shell.type(b"\x1a")
+    shell.expect(b"Stopped")
+    shell.type(b"fg\n")
+    shell.expect(b"fg\r\n")
+    shell.type(b"two\n")
+    shell.expect(b"got two")
+    shell.type(b"exit\n")
+    shell.close()
+    assert '"status": 0' in shell.report.read_text()
+
+
+def test_pipeline_keeps_the_terminal_until_the_agent_asks_for_it(place: Lab) -> None:
+    bash = shutil.which("bash")
+    if bash is None:
+        pytest.skip("no bash here")
+    program = "import os; print('mine', os.tcgetpgrp(0) == os.getpgrp(), flush=True); print('got', input(), flush=True)"
+    shell = Shell(place, [place.python, "-I", "-S", "-c", program], inside=[bash, "--norc", "-i"])
+    shell.type(f"{shell.sidecar} | cat\n".encode())
+    shell.expect(b"mine False")
+    shell.type(b"line\n")
+    shell.expect(b"got line")
+    shell.type(b"exit\n")
     shell.close()
     assert '"status": 0' in shell.report.read_text()

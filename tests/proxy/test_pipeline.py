@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from creto_hotpath.journal import Journal
 from creto_hotpath.relay import Limits, Pool
 from creto_platform.authz import Answer, Query
 from creto_proxy.accept import Gateway
 from creto_proxy.audit import Recorder, outcomes
 from creto_proxy.authorize import Policy
+from creto_proxy.clock import SystemClock
 from creto_proxy.control import Control
 from creto_proxy.deadline import Guard
 from creto_proxy.egress import Egress
@@ -31,7 +33,6 @@ from creto_proxy.identify import Identify, Links
 from creto_proxy.meter import Meters
 from creto_proxy.model import Address, Agent, Approval, Decision, Outcome, Request, Usage, Verdict
 from creto_proxy.pipeline import Pipeline
-from creto_proxy.clock import SystemClock
 from creto_proxy.settings import Endpoint
 from creto_proxy.target import Targets
 from creto_proxy.testing import make_agent

@@ -5,10 +5,11 @@ from __future__ import annotations
 import io
 import json
 
+from rich.console import Console
+
 from creto_proxy.model import Usage
 from creto_proxy.report import AuditState, build, render, usd
 from creto_proxy.testing import make_outcome, make_request
-from rich.console import Console
 
 
 def outcomes() -> list[object]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 
 import pytest
+
 from creto_hotpath.http1 import parse_request
 from creto_proxy.errors import CretoError
 from creto_proxy.model import Flow, Request

@@ -1,4 +1,4 @@
-"""The append-only Merkle log (``port``; ``embedded``: the write path; ``verify``, ``proof``: for outsiders)."""
+"""The append-only Merkle log (``port``; ``embedded``: the write path; ``verification``, ``proof``: for outsiders)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from creto_platform.audit.port import (
 )
 from creto_platform.audit.proof import check_proof, export_proof
 from creto_platform.audit.reader import LogReader
-from creto_platform.audit.verify import compare, load_vkeys, verify, verify_local
+from creto_platform.audit.verification import compare, load_vkeys, verify, verify_local
 
 __all__ = [
     "ENTRY_LIMIT",

@@ -13,7 +13,7 @@ from creto_platform.audit.tiles import WIDTH, TileStore, TreeReader
 class LogReader:
     """The log below ``directory`` as its current checkpoint describes it.
 
-    Signatures are not checked here: whoever reads somebody else's log verifies it first (``verify``).
+    Signatures are not checked here: whoever reads somebody else's log verifies it first (``verification``).
     """
 
     def __init__(self, directory: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ _FOLLOW_MS = 500
 _REFUSE_MS = 60_000
 _STEP_BACK_MS = 1000
 _MAX_MS = (1 << 48) - 1
+_MARK = re.compile(rb"[0-9]{20}\n")
 
 
 class HybridClock:
@@ -109,7 +111,7 @@ class HybridClock:
         text = os.pread(fd, 64, 0)
         if not text:
             return 0
-        if len(text) != 21 or not text[:20].isdigit():
+        if not _MARK.fullmatch(text) or int(text) > _MAX_MS:
             raise ConsensusError(f"{self._path}: not a high-water mark; remove it only if the clock can be trusted")
         return int(text)
 

@@ -25,7 +25,7 @@ from creto_platform.wire import Value, WireError, pack, unpack
 
 CONTEXT = b"creto/v1/delegation"
 MAX_DEPTH = 10
-# A full body: two ids, the subject's key (1,984 B), 64 capabilities; the research chain of ten is 56 KB in all.
+# Two ids, a key (1,984 B), a signature (3,373 B) and 64 capabilities fit; a usual token has 5.6 KB.
 TOKEN_LIMIT = 65_536
 _ROOT_PARENT = bytes(32)
 _CAPABILITIES_LIMIT = 64

@@ -41,13 +41,14 @@ class Directory:
         self._lock = threading.Lock()
         # Made by us first: SQLite would create it with the umask's permissions.
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
+        self._db = sqlite3.connect(path, timeout=10.0, check_same_thread=False, isolation_level=None)
         try:
-            self._db = sqlite3.connect(path, timeout=10.0, check_same_thread=False, isolation_level=None)
             self._db.execute("PRAGMA journal_mode=WAL")
             # Revocations must survive a power cut.
             self._db.execute("PRAGMA synchronous=FULL")
             self._db.executescript(_SCHEMA)
         except sqlite3.Error as error:
+            self._db.close()
             raise NhiError(f"{path}: {error}") from error
 
     def close(self) -> None:

@@ -27,9 +27,9 @@ from creto_platform.nhi.scope import Capability
 from creto_platform.wire import WireError, pack, unpack
 
 REVOCATION_CONTEXT = b"creto/v1/revocation"
-# Clocks inside one machine agree; a token made by a helper process must still be valid at once.
+# Times are whole seconds: a token must be valid at once wherever the same clock is rounded otherwise.
 _BACKDATE_S = 1
-# Research: identity keys rotate every 90 days, and no delegation outlives its key.
+# Identity keys are meant to rotate every 90 days; no delegation outlives that.
 _MAX_TTL_S = 90 * 86_400
 _MAX_FURTHER = delegation.MAX_DEPTH - 1
 _REVOCATION_LIMIT = 16_384

@@ -217,12 +217,17 @@ def _row(entry: Entry) -> dict[str, object]:
     return {
         "entry": entry.index,
         "time": _time(record.get("at")),
-        "who": record.get("who", ""),
-        "action": record.get("act", ""),
-        "resource": record.get("res", ""),
-        "outcome": record.get("out", ""),
-        "why": record.get("why", ""),
+        "who": _visible(record.get("who", "")),
+        "action": _visible(record.get("act", "")),
+        "resource": _visible(record.get("res", "")),
+        "outcome": _visible(record.get("out", "")),
+        "why": _visible(record.get("why", "")),
     }
+
+
+def _visible(value: object) -> str:
+    """Text for a terminal: what an agent put into a record must not steer it."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in str(value))
 
 
 def _document(entry: Entry) -> dict[str, Any]:
@@ -231,7 +236,7 @@ def _document(entry: Entry) -> dict[str, Any]:
 
 def _print_line(operator: Operator, entry: Entry) -> None:
     if operator.json:
-        click.echo(json.dumps(_document(entry), ensure_ascii=False))
+        click.echo(json.dumps(_document(entry)))
     else:
         click.echo("  ".join(str(value) for value in _row(entry).values()))
 

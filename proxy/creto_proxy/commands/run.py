@@ -133,7 +133,7 @@ def trust_files(authority: CertificateAuthority) -> Iterator[Path]:
 
 
 def agent_environment(directory: Path, environ: Mapping[str, str]) -> dict[str, str]:
-    """The agent's environment: ours without creto's own settings, and every variable that names trusted certificates."""
+    """The agent's environment: ours without creto's own settings, and each variable that names certificates."""
     from creto_proxy import trust
 
     kept = {key: value for key, value in environ.items() if not key.startswith("CRETO_")}

@@ -111,9 +111,9 @@ def unix_sockets(table: str) -> list[str]:
     """
     paths = []
     for line in table.splitlines()[1:]:
-        fields = line.split(" ", 7)
-        if len(fields) == 8 and (path := fields[7].lstrip(" ")).startswith("/"):
-            paths.append(path)
+        fields = line.split(None, 7)
+        if len(fields) == 8 and fields[7].startswith("/"):
+            paths.append(fields[7])
     return paths
 
 

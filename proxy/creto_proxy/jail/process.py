@@ -13,6 +13,7 @@ import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from creto_proxy.jail.network import Listeners
 
@@ -82,11 +83,14 @@ class Jail:
         self._terminal = terminal
         self._lent = lent
         self._received = b""
+        self._on_output: Any = None
         self._status: int | None = None
         control.setblocking(False)
 
     def start(self) -> None:
-        """Lets the agent execute."""
+        """Lets the agent execute. Call from the main thread."""
+        # The agent may turn on TOSTOP, and our next line on the shared terminal would stop us.
+        self._on_output = signal.signal(signal.SIGTTOU, signal.SIG_IGN)
         self._say(b"G")
 
     def poll(self) -> int | None:
@@ -144,6 +148,8 @@ class Jail:
         self._terminal.close()
         os.close(self.pidfd)
         self.pidfd = -1
+        if self._on_output is not None:
+            signal.signal(signal.SIGTTOU, self._on_output)
 
     def _say(self, message: bytes) -> None:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Iterable
 from typing import get_args
 
 import pytest
@@ -32,10 +33,10 @@ from creto_egress.settings import EgressSettings, Preset
     ],
 )
 def test_entries_say_what_they_allow(
-    text: str, pattern: str | None, network: str | None, ports: set[int], raw: bool
+    text: str, pattern: str | None, network: str | None, ports: Iterable[int], raw: bool
 ) -> None:
     rule = parse(text)
-    assert (rule.pattern, rule.ports, rule.raw) == (pattern, ports, raw)
+    assert (rule.pattern, rule.ports, rule.raw) == (pattern, frozenset(ports), raw)
     assert rule.network == (network and ipaddress.ip_network(network))
 
 

@@ -167,7 +167,7 @@ async def test_spent_budget_is_refused_before_the_send_and_says_which_and_until_
             "reset_at": "2026-01-02T00:00:00Z",
             "window": "day",
         }
-        assert decision.detail.startswith("agent:tester may use 0.001 dollars per day and has used or reserved 0.0006;")
+        assert decision.detail.startswith("budget exhausted: agent:tester may use 0.001 dollars per day and has used or reserved 0.0006;")
 
 
 async def test_request_larger_than_the_whole_budget_is_told_that_waiting_does_not_help(tmp_path: Path) -> None:
