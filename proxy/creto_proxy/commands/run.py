@@ -32,6 +32,8 @@ log = logging.getLogger("creto.run")
 # Where the agent finds the certificates it must trust; below /run, which is empty inside its jail otherwise.
 TRUST_INSIDE = Path("/run/creto")
 FORWARDED = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT, signal.SIGWINCH)
+# A jailed agent has a process group of its own, so what the terminal sends to ours has to be passed on.
+FROM_TERMINAL = (signal.SIGINT, signal.SIGQUIT)
 
 
 @click.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
@@ -185,7 +187,7 @@ class Namespace:
                 for sock in jail.listeners.tcp:
                     service.gateway.listen_transparent(sock, "run")
                 await dns.serve(jail.listeners.dns_udp, jail.listeners.dns_tcp)
-                for number in FORWARDED:
+                for number in (*FORWARDED, *FROM_TERMINAL):
                     loop.add_signal_handler(number, jail.signal, number)
                 jail.start()
                 status = await jail.wait()
@@ -244,7 +246,7 @@ class ProxyEnv:
 def _run_loop(session: Namespace | ProxyEnv) -> int:
     import uvloop
 
-    # Ctrl-C reaches the agent by the terminal; creto stays to settle and report what it did.
+    # Ctrl-C is for the agent; creto stays to settle and to report what it did.
     previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         return uvloop.run(session())
