@@ -1,4 +1,4 @@
-# cython: annotation_typing=False
+# cython: annotation_typing=False, nonecheck=True
 """The relay: HTTP/1.1 between an agent and upstreams, one object per connection, no task, future or timer per request.
 
 This one source runs as plain Python and, with the C types of ``_relay_c.pxd``, compiled. Received bytes go to the

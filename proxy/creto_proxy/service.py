@@ -9,6 +9,8 @@ import asyncio
 import logging
 import os
 import secrets
+import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
@@ -49,6 +51,7 @@ log = logging.getLogger("creto")
 # A delegation is renewed when less than half of its life is left, so a long run never stands on an expired one.
 DELEGATION_TTL_S = 900
 SYNC_INTERVAL_S = 0.005
+SWITCH_INTERVAL_S = 0.0005
 
 S = TypeVar("S")
 
@@ -119,15 +122,18 @@ class Service:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Serves for the length of the block; at its end everything is drained, settled, applied and closed."""
+        # A worker thread that holds the interpreter makes requests wait this long; the default of 5 ms is too much.
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
         await self.plugins.start()
         self.replay.start()
-        syncing = asyncio.get_running_loop().create_task(_sync_regularly(self.recorder))
+        syncer = Syncer(self.recorder)
+        syncer.start()
         try:
             with self.guard:
                 yield
                 await self.gateway.stop(self.config.limits.drain_s)
         finally:
-            syncing.cancel()
+            await asyncio.to_thread(syncer.stop)
             self.pipeline.upstreams.close()
             await _finish(self)
 
@@ -207,15 +213,30 @@ async def _finish(service: Service) -> None:
     await asyncio.to_thread(service.platform.close)
 
 
-async def _sync_regularly(recorder: Recorder) -> None:
-    """fdatasync off the loop: what is written survives a killed process at once, a dead machine within milliseconds."""
-    while True:
-        await asyncio.sleep(SYNC_INTERVAL_S if recorder.dirty else 10 * SYNC_INTERVAL_S)
-        if recorder.dirty:
-            try:
-                await asyncio.to_thread(recorder.sync)
-            except OSError as error:
-                log.error("the journal could not be synced: %s", error)
+class Syncer:
+    """Forces the journal onto the disk every few milliseconds while there is something new, in a thread of its own:
+    what is written survives a killed process at once, a dead machine a moment later."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="creto-sync", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stop.wait(SYNC_INTERVAL_S):
+            if self._recorder.dirty:
+                try:
+                    self._recorder.sync()
+                except OSError as error:
+                    log.error("the journal could not be synced: %s", error)
+                    self._stop.wait(1.0)
 
 
 def relay_limits(config: Config) -> RelayLimits:

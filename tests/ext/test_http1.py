@@ -18,7 +18,7 @@ from creto_hotpath._http1_py import BadMessage, split_authority
 
 FORMS = [twin]
 if os.environ.get("CRETO_NO_EXTENSIONS", "") in ("", "0"):
-    from creto_hotpath import _http1_c as compiled  # type: ignore[attr-defined]
+    from creto_hotpath import _http1_c as compiled
 
     FORMS.insert(0, compiled)
 
