@@ -31,7 +31,8 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/mypy
 
 bench: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest benches $(ARGS)
+	@mkdir -p .benchmarks
+	$(BIN)/python -m pytest benches -s --benchmark-json=.benchmarks/latest.json $(ARGS)
 
 deps: $(VENV)/.installed-dev
 	@missing=(); for tool in $(TOOLS); do \

@@ -17,15 +17,19 @@ packages = {name: root for root in ROOTS for name in find_packages(root)}
 locations = {name: f"{root}/{name}" for name, root in packages.items() if "." not in name}
 
 hotpath = Path("ext/creto_hotpath")
+# A module is either a .pyx beside its twin, or the twin itself compiled with the C types of an augmenting .pxd.
+sources = {path.stem: path for path in hotpath.glob("*_c.pyx")}
+for types in hotpath.glob("*_c.pxd"):
+    sources.setdefault(types.stem, types.with_name(f"{types.stem.removesuffix('_c')}_py.py"))
 extensions = [
     Extension(
-        f"creto_hotpath.{source.stem}",
+        f"creto_hotpath.{name}",
         [str(source)],
         include_dirs=[str(hotpath)],
         depends=[str(header) for header in sorted(hotpath.glob("*.h"))],
         extra_compile_args=["-O3"],
     )
-    for source in sorted(hotpath.glob("*_c.pyx"))
+    for name, source in sorted(sources.items())
 ]
 
 

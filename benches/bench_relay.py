@@ -21,10 +21,10 @@ import uvloop
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import harness  # noqa: E402  the benches are scripts, not a package
+import harness
 
-from creto_hotpath.http1 import CLOSING, BadMessage, plain_response  # noqa: E402
-from creto_hotpath.relay import Downstream, Exchange, Pool, Upstream  # noqa: E402
+from creto_hotpath.http1 import CLOSING, BadMessage, plain_response
+from creto_hotpath.relay import Downstream, Exchange, Pool, Upstream
 
 SECONDS = float(os.environ.get("CRETO_BENCH_SECONDS", "2"))
 ROUNDS = int(os.environ.get("CRETO_BENCH_ROUNDS", "3"))

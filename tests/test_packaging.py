@@ -113,12 +113,12 @@ def test_a_missing_compiler_is_one_clear_line(checkout: Path, tmp_path: Path) ->
 
 
 def test_every_compiled_module_has_its_twin() -> None:
-    compiled = {path.stem.removesuffix("_c") for path in HOTPATH.glob("*_c.pyx")}
+    compiled = {path.stem.removesuffix("_c") for kind in ("pyx", "pxd") for path in HOTPATH.glob(f"*_c.{kind}")}
     twins = {path.stem.removesuffix("_py") for path in HOTPATH.glob("*_py.py")}
     assert compiled == twins
 
 
-@pytest.mark.parametrize("module", sorted(path.stem for path in HOTPATH.glob("*_c.pyx")))
+@pytest.mark.parametrize("module", sorted(path.stem.replace("_py", "_c") for path in HOTPATH.glob("*_py.py")))
 def test_every_compiled_module_is_built_for_this_interpreter(module: str) -> None:
     spec = importlib.util.find_spec(f"creto_hotpath.{module}")
     assert spec is not None and spec.origin is not None

@@ -162,6 +162,7 @@ cdef class Downstream(Timed):
     cdef _pile(self, bytes data)
     cdef _measure(self)
     cdef _flow(self)
+    cdef _stall(self, bint stalled)
     cdef _parse(self, bytes data, Py_ssize_t start)
     cdef _partial(self, bytes data, Py_ssize_t start)
     cdef _idle(self)

@@ -371,14 +371,14 @@ class Upstream(Timed):
             exchange._retry(self.uses > 1)
 
     def pause_writing(self) -> None:
-        if self.exchange is not None:
-            self.exchange.downstream.stalled = True
-            self.exchange.downstream._flow()
+        exchange = self.exchange
+        if exchange is not None:
+            exchange.downstream._stall(True)
 
     def resume_writing(self) -> None:
-        if self.exchange is not None:
-            self.exchange.downstream.stalled = False
-            self.exchange.downstream._flow()
+        exchange = self.exchange
+        if exchange is not None:
+            exchange.downstream._stall(False)
 
     def expire(self) -> None:
         if self.exchange is None:
@@ -429,6 +429,9 @@ class Upstream(Timed):
 
 class Exchange:
     """One request and its answer. The verbs may be called at once or later, each only while the exchange is open.
+
+    Whoever ends an exchange from inside the relay does so through a local name: ``_end`` may drop the last reference
+    to it, and compiled code calls a method of ``self.exchange`` without holding one.
 
     Facts, final in ``Handler.on_end``: status (0: none sent), bytes_up and bytes_down (sent to the upstream and to the
     agent, heads included), received_ns, forwarded_ns, first_byte_ns, ended_ns (monotonic; 0: never), completed,
@@ -1111,6 +1114,11 @@ class Downstream(Timed):
             else:
                 self.deadline = 0
 
+    def _stall(self, stalled: bool) -> None:
+        """The upstream takes no more, or again."""
+        self.stalled = stalled
+        self._flow()
+
     def _parse(self, data: bytes, start: int) -> None:
         """Requests in ``data`` from ``start``, until one is in progress or bytes are missing."""
         self.parsing = True
@@ -1425,8 +1433,10 @@ class Downstream(Timed):
     def pause_writing(self) -> None:
         self.blocked = True
         exchange = self.exchange
-        if exchange is not None and exchange.upstream is not None:
-            exchange.upstream._pause(True)
+        if exchange is not None:
+            upstream = exchange.upstream
+            if upstream is not None:
+                upstream._pause(True)
         self._arm(self.stall_ticks)
 
     def resume_writing(self) -> None:
@@ -1438,15 +1448,17 @@ class Downstream(Timed):
         if exchange is not None:
             if self.reading and (self.intake == _STREAMING or self.intake == _COLLECTING):
                 self._arm(self.body_ticks)
-            if exchange.upstream is not None:
-                exchange.upstream._pause(False)
+            upstream = exchange.upstream
+            if upstream is not None:
+                upstream._pause(False)
         elif self.intake == _COMPLETE:
             self._next()
 
     def eof_received(self) -> bool:
         # A half-closed client cannot be told from one that has gone, and held calls must notice the latter.
-        if self.exchange is not None:
-            self.exchange._leave()
+        exchange = self.exchange
+        if exchange is not None:
+            exchange._leave()
         self.shut = True
         self._arm(self.stall_ticks)
         return False
@@ -1460,8 +1472,9 @@ class Downstream(Timed):
         self.framer = None
         if self.wheel is not None:
             self.wheel.drop(self)
-        if self.exchange is not None:
-            self.exchange._leave()
+        exchange = self.exchange
+        if exchange is not None:
+            exchange._leave()
         self._closed()
 
     def _closed(self) -> None:

@@ -89,6 +89,11 @@ class Conversation:
     def on_close(self) -> None:
         self._gateway.closed(self)
 
+    def abort(self) -> None:
+        """Breaks the request under way, which records it as far as it got."""
+        if self._passage is not None:
+            self._passage.abort()
+
     @property
     def busy(self) -> bool:
         """True while a request is under way."""
@@ -169,7 +174,7 @@ class Gateway:
     async def serve(self, sock: socket.socket, flow: Flow) -> None:
         """Identifies the agent, looks at the first bytes, and hands the socket to what they are."""
         agent = self.pipeline.identify(flow)
-        if agent is None or not self.pipeline.recorder.healthy:
+        if agent is None:
             reset(sock)
             return
         try:
@@ -337,7 +342,8 @@ class Gateway:
         self._tunnels.abort()
         for task in list(self.pipeline.tasks):
             task.cancel()
-
+        for conversation in list(self._open):
+            conversation.abort()
 
     def _busy(self) -> bool:
         return bool(self.pipeline.tasks or self._tunnels) or any(each.busy for each in self._open)

@@ -12,14 +12,16 @@ import fcntl
 import logging
 import os
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgpack
 
-from creto_hotpath.journal import Journal, JournalCorrupt, read_frames, recover
+from creto_hotpath.journal import Journal, JournalBusy, JournalCorrupt, read_frames, recover, segments
 from creto_platform.audit import Audit
+from creto_proxy.errors import Transient
 from creto_proxy.hookspecs import Consumer
 from creto_proxy.model import Outcome, Usage
 
@@ -27,9 +29,12 @@ log = logging.getLogger("creto.journal")
 
 BATCH = 2000
 # Ledger and audit log are synced per batch, so a little patience is worth hundreds of records in one.
-GATHER_S = 0.05
+GATHER_S = 0.2
 # Consumers are derived state: a failing one is retried, ever more slowly, while the journal keeps everything.
 RETRY_S = (0.2, 1.0, 5.0, 15.0)
+# How long a dead worker's segments stay after everything was derived from them: a lost ledger can be made again, an
+# incident can be looked into. A machine that runs agents all day must not keep every run for ever.
+KEEP_S = 7 * 86_400
 
 _pack = msgpack.Packer(use_bin_type=True, autoreset=True).pack
 _FIELDS = tuple(Outcome.__slots__)
@@ -47,11 +52,18 @@ def encode(outcome: Outcome) -> bytes:
 
 def decode(payload: bytes) -> Outcome:
     """The inverse of ``encode``. Raises ValueError when the payload is not an outcome."""
-    row = msgpack.unpackb(payload, raw=False, use_list=False)
+    try:
+        row = msgpack.unpackb(payload, raw=False, use_list=False)
+    except msgpack.UnpackException as error:
+        raise ValueError(f"a journal record is not msgpack: {error}") from None
     if not isinstance(row, tuple) or len(row) != len(_FIELDS):
-        raise ValueError(f"a journal record has {len(_FIELDS)} fields, this one has {len(row)}")
-    values = list(row)
-    values[_USAGE_AT] = Usage(*values[_USAGE_AT])
+        had = f"{len(row)} fields" if isinstance(row, tuple) else "none"
+        raise ValueError(f"a journal record has {len(_FIELDS)} fields, this one has {had}")
+    usage = row[_USAGE_AT]
+    if not isinstance(usage, tuple) or len(usage) != len(Usage.__slots__):
+        raise ValueError("a journal record without usage")
+    values: list[Any] = list(row)
+    values[_USAGE_AT] = Usage(*usage)
     return Outcome(*values)
 
 
@@ -86,6 +98,11 @@ class Recorder:
         except OSError:
             return False
         return self.healthy
+
+    def require(self) -> None:
+        """Raises Transient when outcomes cannot be recorded now."""
+        if not self.healthy and not self.probe():
+            raise Transient("creto cannot record outcomes, so it forwards nothing.", reason="journal_unavailable")
 
     def sync(self) -> None:
         """Forces what is written onto the disk (fdatasync): survives the death of the machine."""
@@ -125,7 +142,7 @@ def audit_record(outcome: Outcome) -> dict[str, Any]:
         "who": outcome.agent,
         "dch": outcome.chain_digest,
         "act": outcome.action,
-        "res": f"{outcome.scheme}://{outcome.host}:{outcome.port}{outcome.target}",
+        "res": f"{outcome.scheme}://{outcome.host}{f':{outcome.port}' if outcome.port else ''}{outcome.target}",
         "out": result,
         "why": outcome.error or outcome.reason,
         "at": outcome.at_unix_ns,
@@ -146,19 +163,29 @@ def audit_record(outcome: Outcome) -> dict[str, Any]:
 
 
 class Replay:
-    """Applies journal segments to consumers, in one worker thread."""
+    """Applies journal segments to consumers, in one worker thread. ``now_s`` is wall clock, as file times are."""
 
-    def __init__(self, directory: Path, worker: str, consumers: Sequence[Consumer]) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        worker: str,
+        consumers: Sequence[Consumer],
+        *,
+        now_s: Callable[[], float] = time.time,
+    ) -> None:
+        """Takes the lock of ``worker``; before its first segment is made, so that no other process adopts it.
+        Raises OSError when that is not possible."""
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._directory = directory
         self._consumers = tuple(consumers)
+        self._now_s = now_s
         self.wake = threading.Event()
         self._stop = threading.Event()
         self._worker = worker
-        self._locks: dict[str, int] = {}
-        self._done: set[Path] = set()  # orphaned segments nobody writes to any more, applied to the end
         self._failures = 0
-        self._lock_worker(worker)
+        self._orphans = True  # there may be segments of dead workers that are not applied yet
+        self._damaged: set[Path] = set()
+        self._lock = _lock(self._lock_file(worker))
         self._thread = threading.Thread(target=self._run, name="creto-replay", daemon=True)
 
     def start(self) -> None:
@@ -171,75 +198,135 @@ class Replay:
         self._stop.set()
         self.wake.set()
         self._thread.join(timeout_s)
-        done = not self._thread.is_alive() and self._failures == 0
-        for fd in self._locks.values():
-            os.close(fd)
-        return done
+        os.close(self._lock)
+        return not self._thread.is_alive() and self._failures == 0
 
     def _run(self) -> None:
-        self._adopt()
         while True:
             stopping = self._stop.is_set()
             self.wake.clear()
-            try:
-                self._apply_all()
-                self._failures = 0
-            except Exception:  # a worker thread's outermost boundary: keep following, the journal holds everything
-                self._failures += 1
-                log.exception("a journal consumer failed; it is retried")
+            self._failures = 0 if self._pass() else self._failures + 1
             if stopping:
                 return
             delay = RETRY_S[min(self._failures, len(RETRY_S) - 1)] if self._failures else None
             self.wake.wait(delay)
-            self._stop.wait(delay if self._failures else GATHER_S)
+            if self._failures and not self._stop.is_set():
+                self._stop.wait(delay)
 
-    def _apply_all(self) -> None:
-        for path in self.segments():
-            if path in self._done:
+    def _pass(self) -> bool:
+        """Everything there is, once; False when some of it has to be tried again."""
+        try:
+            if self._orphans:
+                self._orphans = not self._adopt()
+            return self._catch_up(segments(self._directory, self._worker)) and not self._orphans
+        except Exception:  # a worker thread's outermost boundary: keep following, the journal holds everything
+            log.exception("the journal cannot be read; it is tried again")
+            return False
+
+    def _adopt(self) -> bool:
+        """Applies what dead workers left, one worker at a time: a week of runs is more than there are descriptors."""
+        done = True
+        workers = {path.stem for path in self._directory.glob("*.lock")}
+        workers.update(_worker_of(path) for path in segments(self._directory))
+        for worker in sorted(workers - {self._worker}):
+            try:
+                lock = _lock(self._lock_file(worker))
+            except BlockingIOError:
+                continue  # alive, or being adopted by another process
+            except OSError as error:
+                log.error("the journal of %s cannot be adopted yet: %s", worker, error)
+                done = False
                 continue
-            for consumer in self._consumers:
-                self._apply(consumer, path)
-            if _worker_of(path) != self._worker:
-                self._done.add(path)
+            try:
+                done = self._adopt_worker(worker) and done
+            finally:
+                os.close(lock)
+        return done
+
+    def _adopt_worker(self, worker: str) -> bool:
+        paths = segments(self._directory, worker)
+        try:
+            for path in paths:
+                self._repair(path)
+            if not self._catch_up(paths):
+                return False
+            self._clear(worker, paths)
+        except JournalBusy:
+            return False  # it is just ending and about to close its journal
+        except OSError as error:
+            log.error("the journal of %s cannot be adopted yet: %s", worker, error)
+            return False
+        return True
+
+    def _repair(self, path: Path) -> None:
+        if all(consumer.position(path.name) == path.stat().st_size for consumer in self._consumers):
+            return  # applied to its end before, so its end is not torn
+        try:
+            recover(path)
+        except JournalCorrupt:
+            pass  # said when it is read; what comes before the damage is applied
+
+    def _clear(self, worker: str, paths: Sequence[Path]) -> None:
+        """Deletes what is old of a dead worker, all of which has been applied; its lock last, with nothing left."""
+        oldest = self._now_s() - KEEP_S
+        kept = [path for path in paths if path in self._damaged or path.stat().st_mtime > oldest]
+        for path in paths:
+            if path not in kept:
+                path.unlink()
+        lock = self._lock_file(worker)
+        if not kept and lock.stat().st_mtime <= oldest:
+            lock.unlink()
+
+    def _catch_up(self, paths: Sequence[Path]) -> bool:
+        """Lets each consumer apply what it has not yet; one that fails does not keep the others from it."""
+        done = True
+        for consumer in self._consumers:
+            try:
+                for path in paths:
+                    self._apply(consumer, path)
+            except Exception:  # a plugin's code: it is tried again, the journal holds everything
+                log.exception("the journal consumer %s failed; it is tried again", consumer.name)
+                done = False
+        return done
 
     def _apply(self, consumer: Consumer, path: Path) -> None:
         while True:
-            start = consumer.position(path.name)
-            records: list[Outcome] = []
-            upto = start
-            for payload, end in read_frames(path, start):
-                upto = end
-                records.append(decode(payload))
-                if len(records) == BATCH:
-                    break
-            if not records:
-                return
-            consumer.apply(path.name, records, upto)
+            records, upto = self._read(path, consumer.position(path.name))
+            if records:
+                consumer.apply(path.name, records, upto)
             if len(records) < BATCH:
                 return
 
-    def segments(self) -> list[Path]:
-        """Segments of the workers whose lock this process holds, oldest first."""
-        return sorted(p for p in self._directory.glob("*.jnl") if _worker_of(p) in self._locks)
-
-    def _adopt(self) -> None:
-        for worker in {_worker_of(path) for path in self._directory.glob("*.jnl")}:
-            if worker not in self._locks and self._lock_worker(worker):
-                for path in self._directory.glob(f"{worker}-*.jnl"):
-                    try:
-                        recover(path)
-                    except JournalCorrupt as error:
-                        log.error("%s; its records after that point are not applied", error)
-
-    def _lock_worker(self, worker: str) -> bool:
-        fd = os.open(self._directory / f"{worker}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    def _read(self, path: Path, start: int) -> tuple[list[Outcome], int]:
+        """Up to ``BATCH`` outcomes from ``start`` on, and the offset behind them."""
+        records: list[Outcome] = []
+        upto = start
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(fd)
-            return False
-        self._locks[worker] = fd
-        return True
+            for payload, end in read_frames(path, start):
+                records.append(decode(payload))
+                upto = end
+                if len(records) == BATCH:
+                    break
+        except ValueError as error:
+            # Kept for people to look at. It must not keep everything after it out of ledger and audit log.
+            if path not in self._damaged:
+                self._damaged.add(path)
+                log.error("%s: what follows byte %d is not applied: %s", path, upto, error)
+        return records, upto
+
+    def _lock_file(self, worker: str) -> Path:
+        return self._directory / f"{worker}.lock"
+
+
+def _lock(path: Path) -> int:
+    """A descriptor that holds the lock of ``path``. Raises BlockingIOError when another process does, OSError."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
 
 
 def _worker_of(path: Path) -> str:

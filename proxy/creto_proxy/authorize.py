@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import time
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
@@ -11,6 +10,7 @@ from typing import Any
 import msgspec
 
 from creto_platform.authz import Authz, Query
+from creto_proxy.egress import literal
 from creto_proxy.model import Decision, Request, Verdict
 from creto_proxy.settings import Extract
 
@@ -122,10 +122,8 @@ def json_pointer(document: Any, pointer: str) -> Any:
 
 
 def _literal(request: Request) -> str | None:
-    try:
-        return str(ipaddress.ip_address(request.host))
-    except ValueError:
-        return None
+    address = literal(request.host)
+    return None if address is None else str(address)
 
 
 def _model(request: Request) -> str | None:

@@ -72,7 +72,7 @@ class Control:
         except TimeoutError:
             return _problem(504, "timeout", "The answer took too long; ask again.")
         except StageFailed as error:
-            return _problem(500, error.reason, error.detail)
+            return _problem(error.status, error.reason, error.detail)
 
 
 def _under(path: str, prefix: str) -> bool:

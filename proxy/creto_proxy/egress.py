@@ -33,6 +33,9 @@ def genuine(permit: Permit) -> bool:
 
 def literal(host: str) -> Address | None:
     """The address when ``host`` is a canonical address literal, None for names (including odd numerals)."""
+    # Every request comes by here, nearly always with a name; literals end in a digit or hold a colon.
+    if not host[-1:].isdigit() and ":" not in host:
+        return None
     try:
         return ipaddress.ip_address(host)
     except ValueError:

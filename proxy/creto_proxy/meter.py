@@ -2,12 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from creto_proxy.deadline import Guard
 from creto_proxy.errors import StageFailed
 from creto_proxy.hookspecs import Edits, Meter, Tap
 from creto_proxy.model import Request, Usage
+
+
+class GuardedTap:
+    """A plugin's tap, within its deadline. One that fails while it only looks has seen enough: the answer goes on
+    and its usage is what the meter makes of that; one that rewrites cannot be done without, and breaks the answer."""
+
+    __slots__ = ("_blind", "_guard", "_plugin", "rewrites", "tap")
+
+    def __init__(self, plugin: str, tap: Tap, guard: Guard) -> None:
+        self.tap = tap
+        self.rewrites = bool(tap.rewrites)
+        self._plugin = plugin
+        self._guard = guard
+        self._blind = False
+
+    def feed(self, data: bytes) -> bytes | None:
+        return self._call(self.tap.feed, data)
+
+    def finish(self) -> bytes | None:
+        return self._call(self.tap.finish)
+
+    def _call(self, function: Callable[..., bytes | None], *args: bytes) -> bytes | None:
+        if self._blind:
+            return None
+        try:
+            return self._guard.call(self._plugin, "meter", function, *args)
+        except StageFailed:
+            if self.rewrites:
+                raise
+            self._blind = True
+            return None
 
 
 class Meters:
@@ -36,16 +67,17 @@ class Meters:
         for plugin, meter in self._meters:
             tap = self._guard.call(plugin, "meter", meter.tap, request, status, content_type)
             if tap is not None:
-                return tap
+                return GuardedTap(plugin, tap, self._guard)
         return None
 
     def settle(self, request: Request, tap: Tap | None, *, status: int, completed: bool) -> Usage:
         """What the request used. A meter that fails leaves the usage unknown; its reservation then stands."""
         usage = Usage()
+        watched = tap.tap if isinstance(tap, GuardedTap) else tap
         for plugin, meter in self._meters:
             try:
                 found = self._guard.call(
-                    plugin, "meter", lambda m=meter: m.settle(request, tap, status=status, completed=completed)
+                    plugin, "meter", lambda m=meter: m.settle(request, watched, status=status, completed=completed)
                 )
             except StageFailed:
                 found = Usage(certainty="unknown")

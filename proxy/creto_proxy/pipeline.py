@@ -22,7 +22,7 @@ from creto_proxy.authorize import Policy
 from creto_proxy.control import HOST, Control
 from creto_proxy.deadline import Guard
 from creto_proxy.egress import Egress
-from creto_proxy.errors import CretoError, Held, Permanent, Refused, Transient, UpstreamUnreachable
+from creto_proxy.errors import CretoError, Held, Permanent, Refused, UpstreamUnreachable
 from creto_proxy.gate import Gates
 from creto_proxy.hookspecs import Authorizer, Client, Clock, Edits, Meter, Tap
 from creto_proxy.identify import Identify
@@ -187,8 +187,7 @@ class Passage:
         """Decides on the head alone when every stage can, else once the body is complete."""
         pipeline = self._pipeline
         try:
-            if not pipeline.recorder.healthy and not pipeline.recorder.probe():
-                raise Transient("creto cannot record outcomes, so it forwards nothing.", reason="journal_unavailable")
+            pipeline.recorder.require()
             if self._request.host == HOST:
                 self._collect_or(pipeline.held_body_bytes, self._ask_control)
             else:
@@ -295,7 +294,7 @@ class Passage:
         try:
             permit = permit or await pipeline.egress.permit(self._request)
             upstream = await pipeline.upstreams.connect(permit)
-        except CretoError:
+        except (CretoError, asyncio.CancelledError):
             pipeline.meters.release(self._request)
             raise
         except OSError as error:
@@ -358,6 +357,10 @@ class Passage:
             return None  # nobody here looks into compressed bodies; usage is then unknown
         self._tap = self._pipeline.meters.tap(self._request, head.status, content_type)
         return self._tap
+
+    def abort(self) -> None:
+        """Cuts off agent and upstream; ``end`` follows at once."""
+        self._exchange.abort()
 
     def _refuse(self, error: CretoError) -> None:
         if isinstance(error, Refused):

@@ -149,6 +149,8 @@ def assemble(config: Config, found: Sequence[Found], *, run: str, authority: tls
         platform = embedded(state, authz=authz, trust_domain=config.common.trust_domain, user=config.owner)
     except PlatformError as error:
         raise ConfigError([str(error)]) from None
+    except OSError as error:
+        raise ConfigError([f"{state}: cannot be used as state directory: {error.strerror}"]) from None
     clock = SystemClock()
     core = Core(platform=platform, clock=clock, state_dir=state, policies_dir=bundled_policies(), run=run)
     plugins = compose(found, config, core)
@@ -163,8 +165,11 @@ def assemble(config: Config, found: Sequence[Found], *, run: str, authority: tls
     bindings = Bindings()
     resolver = Resolver.from_endpoint(config.network.resolver)
     journal_directory = private_directory(state / "journal")
-    replay = Replay(journal_directory, run, (*stages.consumers, AuditTrail(platform.audit)))
-    recorder = Recorder(Journal(str(journal_directory), run, flush="record"), replay.wake)
+    try:
+        replay = Replay(journal_directory, run, (*stages.consumers, AuditTrail(platform.audit)))
+        recorder = Recorder(Journal(str(journal_directory), run, flush="record"), replay.wake)
+    except OSError as error:
+        raise ConfigError([f"{journal_directory}: the journal cannot be written: {error.strerror}"]) from None
     pipeline = Pipeline(
         identify=Identify(links, stages.identifiers),
         policy=Policy(authz, config.policy.extract, body_bytes=limits.body_bytes),

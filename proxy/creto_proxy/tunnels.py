@@ -68,6 +68,7 @@ class Tunnels:
         decision: Decision | None = None
         held_ns = 0
         try:
+            pipeline.recorder.require()
             decision = pipeline.authorize(request)
             if decision.verdict is Verdict.ESCALATE:
                 decision, held_ns = await pipeline.ask(request, decision, SilentClient(sock))

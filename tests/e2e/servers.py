@@ -9,6 +9,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "demo"))
@@ -74,3 +75,47 @@ def serving_mcp(name: str) -> Iterator[tuple[int, Path]]:
         finally:
             web.should_exit = True
             thread.join(10)
+
+
+@dataclass(frozen=True)
+class Slow:
+    """arrived: released once per request that came in. go: lets every answer end."""
+
+    port: int
+    arrived: threading.Semaphore
+    go: threading.Event
+
+
+SLOW_PARTS = 3
+
+
+@contextlib.contextmanager
+def serving_slowly() -> Iterator[Slow]:
+    """A plain HTTP server that sends the head and first part of its answer at once, the rest when it is told to."""
+    arrived, go = threading.Semaphore(0), threading.Event()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(b"part") * SLOW_PARTS))
+            self.end_headers()
+            self.wfile.write(b"part")
+            arrived.release()
+            go.wait(60)
+            with contextlib.suppress(OSError):
+                self.wfile.write(b"part" * (SLOW_PARTS - 1))
+
+        def log_message(self, format: str, *args: object) -> None:
+            return None
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield Slow(server.server_address[1], arrived, go)
+    finally:
+        go.set()
+        server.shutdown()
+        server.server_close()

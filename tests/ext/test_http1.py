@@ -120,7 +120,10 @@ def test_head_is_read_without_copying_its_meaning(http1: Any) -> None:
         (lines("Host: a", "Content-Length: 1", "Transfer-Encoding: chunked"), (400, "length_and_chunked")),
         (lines("Host: a", "Transfer-Encoding: gzip, chunked"), (501, "unsupported_transfer_encoding")),
         (lines("Host: a", "Transfer-Encoding: identity"), (501, "unsupported_transfer_encoding")),
-        (lines("Host: a", "Transfer-Encoding: chunked", "Transfer-Encoding: chunked"), (400, "duplicate_transfer_encoding")),
+        (
+            lines("Host: a", "Transfer-Encoding: chunked", "Transfer-Encoding: chunked"),
+            (400, "duplicate_transfer_encoding"),
+        ),
         (lines("Transfer-Encoding: chunked", first="POST / HTTP/1.0"), (400, "chunked_in_http10")),
         (lines("Host: a", "Expect: 200-ok"), (417, "unsupported_expectation")),
         (lines("Host: a", " folded"), (400, "obs_fold")),
@@ -229,7 +232,23 @@ def test_authority_is_split_and_normalised(text: str, answer: tuple[str, int | N
 
 @pytest.mark.parametrize(
     "text",
-    ["", ".", "a..b", "u@a", "a:b:1", "a:", "a:0", "a:99999", "a:-1", "a b", "bücher.de", "[::1]x", "::1", "a\x00", "x" * 64],
+    [
+        "",
+        ".",
+        "a..b",
+        "u@a",
+        "a:b:1",
+        "a:",
+        "a:0",
+        "a:99999",
+        "a:-1",
+        "a b",
+        "bücher.de",
+        "[::1]x",
+        "::1",
+        "a\x00",
+        "x" * 64,
+    ],
 )
 def test_authority_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(BadMessage) as caught:

@@ -5,13 +5,20 @@ from __future__ import annotations
 import asyncio
 import re
 import socket
+import ssl
 import struct
 from collections.abc import Awaitable, Callable, Coroutine
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import uvloop
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 
 from creto_hotpath._http1_py import CLOSING, BadMessage, plain_response
 from creto_hotpath._relay_py import Limits
@@ -86,6 +93,7 @@ class World:
         self.ended: list[Any] = []
         self.refused: list[tuple[int, str]] = []
         self.errors: list[str] = []
+        self.expected_errors: list[str] = []
         self.connections: list[Any] = []
         self.stale = 0
         self.closed = 0
@@ -94,8 +102,15 @@ class World:
         self._servers: list[Any] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._writers: list[Writer] = []
+        self.sockets: list[socket.socket] = []
 
-    async def start(self, origin: Origin, handler: Callable[[World], Any] = Reverse, limits: Limits | None = None) -> None:
+    async def start(
+        self,
+        origin: Origin,
+        handler: Callable[[World], Any] = Reverse,
+        limits: Limits | None = None,
+        origin_tls: ssl.SSLContext | None = None,
+    ) -> None:
         async def accept(reader: Reader, writer: Writer) -> None:
             self.accepted += 1
             self._writers.append(writer)
@@ -111,7 +126,7 @@ class World:
             self.connections.append(made)
             return made
 
-        upstream = await asyncio.start_server(accept, "127.0.0.1", 0)
+        upstream = await asyncio.start_server(accept, "127.0.0.1", 0, ssl=origin_tls)
         relay = await self.loop.create_server(connection, "127.0.0.1", 0)
         self._servers += [upstream, relay]
         self.origin_port = upstream.sockets[0].getsockname()[1]
@@ -158,6 +173,8 @@ class World:
                 connection.transport.abort()
         for task in list(self._tasks):
             task.cancel()
+        for sock in self.sockets:
+            sock.close()
         for writer in self._writers:
             writer.transport.abort()
         for writer in self._writers:
@@ -185,6 +202,7 @@ def play(form: Callable[[str], ModuleType]) -> Callable[[Scenario], World]:
 
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(main())
+        assert worlds[0].errors == worlds[0].expected_errors
         return worlds[0]
 
     return run
@@ -406,7 +424,6 @@ def test_held_call_gets_heartbeats(play: Any) -> None:
 
     world = play(scenario)
     assert [(end.status, end.completed, end.gone) for end in world.ended] == [(403, True, False)]
-    assert world.errors == []
 
 
 @pytest.mark.parametrize(
@@ -510,7 +527,11 @@ def test_reset_upstream_resets_a_close_delimited_answer(play: Any) -> None:
 
 @pytest.mark.parametrize(
     "answer",
-    [b"SSH-2.0-x\r\n", b"HTTP/1.1 200 OK\r\nX : y\r\n\r\n", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nx\r\n"],
+    [
+        b"SSH-2.0-x\r\n",
+        b"HTTP/1.1 200 OK\r\nX : y\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nx\r\n",
+    ],
 )
 def test_upstream_garbage_is_a_502(play: Any, answer: bytes) -> None:
     async def scenario(world: World) -> None:
@@ -621,7 +642,11 @@ def test_websocket_becomes_a_tunnel(play: Any) -> None:
 
 @pytest.mark.parametrize(
     ("handler", "fields"),
-    [(Reverse, ("Connection: Upgrade", "Upgrade: websocket")), (Upgrading, ()), (Upgrading, ("Connection: upgrade", "Upgrade: h2c"))],
+    [
+        (Reverse, ("Connection: Upgrade", "Upgrade: websocket")),
+        (Upgrading, ()),
+        (Upgrading, ("Connection: upgrade", "Upgrade: h2c")),
+    ],
 )
 def test_101_that_was_not_agreed_to_is_a_502(play: Any, handler: type[Reverse], fields: tuple[str, ...]) -> None:
     async def scenario(world: World) -> None:
@@ -739,12 +764,12 @@ def test_tap_that_raises_fails_the_request(play: Any) -> None:
             return tap
 
     async def scenario(world: World) -> None:
+        world.expected_errors = ["creto relay: a tap failed"]
         await world.start(answering(OK), Broken)
         reader, _ = await ask(world, get())
         assert (await until_closed(reader)).startswith(b"HTTP/1.1 502 ")
 
-    world = play(scenario)
-    assert world.ended[0].error == "tap_failed" and world.errors == ["creto relay: a tap failed"]
+    assert play(scenario).ended[0].error == "tap_failed"
 
 
 def test_agent_that_leaves_takes_the_upstream_with_it(play: Any) -> None:
@@ -766,6 +791,36 @@ def test_agent_that_leaves_takes_the_upstream_with_it(play: Any) -> None:
 
     world = play(scenario)
     assert [(end.gone, end.completed, end.error) for end in world.ended] == [(True, False, "client_gone")]
+
+
+@pytest.mark.parametrize("how", ["close", "abort", "end"])
+def test_exchange_that_nobody_else_holds_can_end(play: Any, how: str) -> None:
+    class Forgetful(Reverse):
+        def on_request(self, exchange: Any) -> None:
+            self.send(exchange)
+
+        def on_end(self, exchange: Any) -> None:
+            self.world.refused.append((exchange.status, exchange.error))
+
+    async def scenario(world: World) -> None:
+        async def origin(reader: Reader, writer: Writer) -> None:
+            await read_message(reader)
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nhello")
+            if how != "end":
+                await until_closed(reader)
+
+        await world.start(origin, Forgetful)
+        for _ in range(20):
+            reader, writer = await ask(world, get())
+            await reader.readuntil(b"hello")
+            if how == "abort":
+                writer.transport.abort()
+            elif how == "close":
+                writer.write_eof()
+        await world.until(lambda: world.closed == 20)
+
+    error = "upstream_closed" if how == "end" else "client_gone"
+    assert play(scenario).refused == [(200, error)] * 20
 
 
 def test_agent_that_leaves_while_held_is_noticed(play: Any) -> None:
@@ -1017,7 +1072,9 @@ def test_connect_tunnels_bytes_and_half_closes(play: Any) -> None:
 def test_rejected_connect_closes_and_nothing_after_it_is_a_request(play: Any) -> None:
     async def scenario(world: World) -> None:
         await world.start(shouting, Connecting)
-        reader, _ = await ask(world, b"CONNECT denied.test:443 HTTP/1.1\r\nHost: denied.test:443\r\n\r\n" + get("/smuggled"))
+        reader, _ = await ask(
+            world, b"CONNECT denied.test:443 HTTP/1.1\r\nHost: denied.test:443\r\n\r\n" + get("/smuggled")
+        )
         received = await until_closed(reader)
         assert received.startswith(b"HTTP/1.1 403 ") and received.count(b"HTTP/1.1") == 1
 
@@ -1084,9 +1141,10 @@ def test_verbs_that_make_no_sense_are_errors(play: Any) -> None:
                 exchange.accept_tunnel()
             with pytest.raises(ValueError, match="edits"):
                 exchange.forward(await self.world.dial(), edits={"content-length": "1"})
-            exchange.forward(await self.world.dial())
+            first, second = await self.world.dial(), await self.world.dial()
+            exchange.forward(first)
             with pytest.raises(RuntimeError, match="already"):
-                exchange.forward(await self.world.dial())
+                exchange.forward(second)
 
     async def scenario(world: World) -> None:
         await world.start(answering(OK), Wrong)
@@ -1193,6 +1251,7 @@ def test_slow_agent_slows_the_upstream_down(play: Any) -> None:
 
         await world.start(origin)
         sock = socket.create_connection(("127.0.0.1", world.port))
+        world.sockets.append(sock)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
         sock.sendall(get("/", "Connection: close"))
         before = -1
@@ -1205,7 +1264,6 @@ def test_slow_agent_slows_the_upstream_down(play: Any) -> None:
         received = 0
         while piece := await world.loop.sock_recv(sock, 1 << 18):
             received += len(piece)
-        sock.close()
         assert received > size
 
     end = play(scenario).ended[0]
@@ -1349,13 +1407,13 @@ def test_handler_that_raises_refuses_the_request(play: Any) -> None:
             raise KeyError("policy")
 
     async def scenario(world: World) -> None:
+        world.expected_errors = ["creto relay: a handler failed"]
         await world.start(answering(OK), Broken)
         reader, _ = await ask(world, get())
         assert (await until_closed(reader)).startswith(b"HTTP/1.1 500 ")
 
     world = play(scenario)
-    assert [end.status for end in world.ended] == [500] and world.errors == ["creto relay: a handler failed"]
-    assert world.accepted == 0
+    assert [end.status for end in world.ended] == [500] and world.accepted == 0
 
 
 def test_response_hook_that_raises_refuses_the_answer(play: Any) -> None:
@@ -1364,11 +1422,12 @@ def test_response_hook_that_raises_refuses_the_answer(play: Any) -> None:
             raise KeyError("tap")
 
     async def scenario(world: World) -> None:
+        world.expected_errors = ["creto relay: a handler failed"]
         await world.start(answering(OK), Broken)
         reader, _ = await ask(world, get())
         assert (await until_closed(reader)).startswith(b"HTTP/1.1 500 ")
 
-    assert play(scenario).errors == ["creto relay: a handler failed"]
+    assert play(scenario).ended[0].status == 500
 
 
 def test_abort_cuts_both_sides_off(play: Any) -> None:
@@ -1499,6 +1558,122 @@ def test_tunnel_waits_for_whoever_reads_slowly(play: Any) -> None:
 
     end = play(scenario).ended[0]
     assert end.completed and end.bytes_up == size
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A self-signed certificate for "localhost" with its key, in one file."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
+    now = datetime.now(UTC)
+    made = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    file = tmp_path_factory.mktemp("tls") / "localhost.pem"
+    pem, plain = serialization.Encoding.PEM, serialization.NoEncryption()
+    file.write_bytes(key.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain) + made.public_bytes(pem))
+    return file
+
+
+def contexts(certificate: Path) -> tuple[ssl.SSLContext, ssl.SSLContext]:
+    """(server, client)"""
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server.load_cert_chain(certificate)
+    return server, ssl.create_default_context(cafile=str(certificate))
+
+
+class Intercepting(Reverse):
+    """Starts TLS inside a CONNECT and gives what comes out of it to a relay of its own."""
+
+    server: ssl.SSLContext
+
+    def on_request(self, exchange: Any) -> None:
+        if exchange.head.is_connect:
+            transport, leftover = exchange.detach()
+            assert leftover == b""
+            self.world.spawn(self.start_tls(transport))
+        else:
+            exchange.allow_upgrade = True
+            super().on_request(exchange)
+
+    async def start_tls(self, transport: Any) -> None:
+        inner = self.world.relay.Downstream(type(self)(self.world), scheme="https")
+        self.world.connections.append(inner)
+        secure = await self.world.loop.start_tls(transport, inner, self.server, server_side=True)
+        inner.connection_made(secure)
+
+
+async def tls_agent(world: World, client: ssl.SSLContext) -> tuple[Reader, Writer]:
+    reader, writer = await ask(world, b"CONNECT localhost:443 HTTP/1.1\r\nHost: localhost:443\r\n\r\n")
+    assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200 ")
+    await writer.start_tls(client, server_hostname="localhost")
+    return reader, writer
+
+
+def test_tls_is_intercepted_inside_a_connect(play: Any, certificate: Path) -> None:
+    server, client = contexts(certificate)
+
+    async def scenario(world: World) -> None:
+        await world.start(answering(OK, OK), type("Here", (Intercepting,), {"server": server}))
+        reader, writer = await tls_agent(world, client)
+        for target in ("/1", "/2"):
+            writer.write(get(target))
+            assert (await read_message(reader))[1] == b"ok"
+        writer.write(b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n")
+        assert (await until_closed(reader)).startswith(b"HTTP/1.1 400 ")
+        await world.until(lambda: world.closed == 1)
+
+    world = play(scenario)
+    assert [end.downstream.scheme for end in world.ended] == ["http", "https", "https"]
+
+
+def test_websocket_inside_intercepted_tls_is_tunnelled(play: Any, certificate: Path) -> None:
+    server, client = contexts(certificate)
+
+    async def scenario(world: World) -> None:
+        await world.start(switching, type("Here", (Intercepting,), {"server": server}))
+        reader, writer = await tls_agent(world, client)
+        writer.write(get("/ws", "Connection: Upgrade", "Upgrade: websocket"))
+        assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 101 ")
+        writer.write(b"frame")
+        assert await reader.readexactly(8) == b"hi FRAME"
+        writer.close()
+        await world.until(lambda: world.closed == 1)
+
+    assert play(scenario).ended[-1].status == 101
+
+
+def test_upstream_behind_tls_is_pooled_too(play: Any, certificate: Path) -> None:
+    server, client = contexts(certificate)
+
+    async def scenario(world: World) -> None:
+        async def dial() -> Any:
+            _, upstream = await world.loop.create_connection(
+                lambda: world.relay.Upstream(world.pool, KEY),
+                "127.0.0.1",
+                world.origin_port,
+                ssl=client,
+                server_hostname="localhost",
+            )
+            return upstream
+
+        await world.start(answering(OK, OK, b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhel"), origin_tls=server)
+        world.dial = dial  # type: ignore[method-assign]
+        reader, writer = await world.agent()
+        for _ in range(2):
+            writer.write(get())
+            assert (await read_message(reader))[1] == b"ok"
+        assert world.accepted == 1 and len(world.pool) == 1
+
+    play(scenario)
 
 
 def test_nothing_outlives_its_connection(play: Any) -> None:

@@ -380,7 +380,7 @@ async def test_control_paths_answer_and_a_broken_route_costs_only_itself(tmp_pat
             raise RuntimeError("boom")
 
     async with lab(tmp_path, routes=[("bad", Route())]) as here:
-        assert b"HTTP/1.1 500" in await here.get("creto.internal", "/v1/broken")
+        assert b"HTTP/1.1 503" in await here.get("creto.internal", "/v1/broken")
         whoami = await here.get("creto.internal", "/v1/whoami")
         assert json.loads(whoami.partition(b"\r\n\r\n")[2])["name"] == "a"
         assert b"HTTP/1.1 404" in await here.get("creto.internal", "/nope")
