@@ -60,11 +60,10 @@ class Conversation:
         self._passage.begin()
 
     def _agent_of(self, exchange: Exchange) -> Agent:
-        if self._flow.way == "explicit" and self._agent is None:
+        if self._flow.way == "explicit" and not self._flow.bound_names:
             self._flow.credentials = proxy_credentials(exchange.head.headers.get("proxy-authorization"))
+        self._agent = self._gateway.pipeline.identify(self._flow)
         if self._agent is None:
-            self._agent = self._gateway.pipeline.identify(self._flow)
-        if self._agent is None or self._agent.expires_at <= self._gateway.pipeline.clock.unix_ns() / 1e9:
             status = 407 if self._flow.way == "explicit" else 403
             raise Permanent("This connection belongs to no known agent.", reason="unknown_agent", status=status)
         return self._agent

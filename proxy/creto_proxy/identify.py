@@ -42,7 +42,7 @@ class Links:
         self._agents: dict[str, tuple[Callable[[], Agent], str | None]] = {}
 
     def attach(self, link: str, agent: Callable[[], Agent], *, secret: str | None = None) -> None:
-        """``agent`` is asked per connection, so that a renewed delegation takes effect without a restart."""
+        """``agent`` is asked per request, so that a renewed or revoked delegation takes effect on open connections."""
         self._agents[link] = (agent, secret)
 
     def agent(self, link: str) -> Agent:

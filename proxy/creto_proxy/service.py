@@ -12,9 +12,9 @@ import secrets
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,7 +23,7 @@ from creto_hotpath.relay import Limits as RelayLimits
 from creto_hotpath.relay import Pool
 from creto_platform import Platform, PlatformError, embedded
 from creto_platform.authz import bundled_policies
-from creto_platform.nhi import NhiError
+from creto_platform.nhi import Identity, NhiError
 from creto_proxy import tls
 from creto_proxy.accept import Gateway
 from creto_proxy.audit import AuditTrail, Recorder, Replay
@@ -50,6 +50,8 @@ log = logging.getLogger("creto")
 
 # A delegation is renewed when less than half of its life is left, so a long run never stands on an expired one.
 DELEGATION_TTL_S = 900
+# A revocation takes effect within this time, also on connections that are open.
+REVOCATION_CHECK_S = 1.0
 SYNC_INTERVAL_S = 0.005
 SWITCH_INTERVAL_S = 0.0005
 
@@ -73,23 +75,37 @@ def private_directory(path: Path) -> Path:
 
 
 class Delegation:
-    """An agent's identity, renewed under its human's root before it runs out."""
+    """An agent's identity, renewed under its human's root before it runs out, and gone for good once it is revoked."""
 
-    def __init__(self, platform: Platform, config: Config, name: str) -> None:
+    def __init__(self, platform: Platform, config: Config, name: str, unix_s: Callable[[], float] = time.time) -> None:
         self._platform = platform
         self._config = config
         self._name = name
-        self._agent = self._issue()
+        self._unix_s = unix_s
+        self._check_at = 0.0
+        self._identity, self._agent = self._issued()
 
     def __call__(self) -> Agent:
-        if self._agent.expires_at - time.time() < DELEGATION_TTL_S / 2:
-            self._agent = self._issue()
+        now = self._unix_s()
+        if now >= self._check_at:
+            self._check(now)
         return self._agent
 
-    def _issue(self) -> Agent:
+    def _check(self, now: float) -> None:
+        self._check_at = now + REVOCATION_CHECK_S
+        try:
+            self._platform.nhi.recheck(self._identity, now)
+            if self._identity.expires_at - now < DELEGATION_TTL_S / 2:
+                self._identity, self._agent = self._issued()
+        except NhiError as error:
+            if self._agent.expires_at:
+                log.warning("agent %s is refused from now on: %s", self._name, error)
+            self._agent = replace(self._agent, expires_at=0.0)
+
+    def _issued(self) -> tuple[Identity, Agent]:
         common = self._config.common
         identity = self._platform.nhi.agent(self._name, owner=self._config.owner, ttl_s=DELEGATION_TTL_S)
-        return agent_of(identity, org=common.org, env=common.env, team=common.team or "")
+        return identity, agent_of(identity, org=common.org, env=common.env, team=common.team or "")
 
 
 @dataclass(frozen=True, slots=True)

@@ -250,3 +250,33 @@ pathlib.Path({str(creto.directory / "verdict")!r}).write_text(verdict)
     assert verify.returncode == 0, verify.stdout + verify.stderr
     tail = creto.call("audit", "tail", "--json", "-n", "100")
     assert tail.stdout.count("api.allowed.test") == 5
+
+
+def test_pip_downloads_from_an_allowed_index(creto: Creto, tmp_path: Path) -> None:
+    import zipfile
+
+    from .servers import serving_files
+
+    index = tmp_path / "index"
+    (index / "simple" / "demo-pkg").mkdir(parents=True)
+    name = "demo_pkg-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(index / name, "w") as wheel:
+        wheel.writestr("demo_pkg.py", "")
+        wheel.writestr("demo_pkg-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: demo-pkg\nVersion: 1.0\n")
+        wheel.writestr("demo_pkg-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr("demo_pkg-1.0.dist-info/RECORD", "")
+    (index / "simple" / "demo-pkg" / "index.html").write_text(f'<a href="/{name}">{name}</a>')
+    with serving_files(index, "pypi.example.com") as (port, ca):
+        creto.config.write_text(
+            creto.config.read_text()
+            .replace(f'"pypi.example.com" = "127.0.0.1:{creto.world.https}"', f'"pypi.example.com" = "127.0.0.1:{port}"')
+            .replace(str(creto.world.ca), str(ca))
+        )
+        result = creto.run(
+            [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--disable-pip-version-check", "-d",
+             str(tmp_path / "got"), "--index-url", "https://pypi.example.com/simple/", "demo-pkg"],
+            PIP_CONFIG_FILE=os.devnull, PIP_EXTRA_INDEX_URL="", PIP_TRUSTED_HOST="", PIP_INDEX_URL="",
+        )  # fmt: skip
+    assert result.status == 0, result.err
+    assert (tmp_path / "got" / name).exists()
+    assert {row["decision"] for row in result.to("pypi.example.com")} == {"allow"}

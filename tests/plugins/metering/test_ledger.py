@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -173,7 +174,7 @@ def test_database_of_another_version_is_refused(tmp_path: Path) -> None:
     first = Ledger(path)
     first.open()
     first.close()
-    with sqlite3.connect(path) as connection:
+    with closing(sqlite3.connect(path)) as connection, connection:
         connection.execute("UPDATE schema_version SET version = 99")
     with pytest.raises(LedgerError, match="schema version 99"):
         Ledger(path).open()

@@ -6,6 +6,7 @@ import os
 import sqlite3
 import stat
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -204,11 +205,9 @@ async def test_a_second_live_request_for_one_action_cannot_be_stored(station: St
 
 
 def tamper(path: Path, *statements: str) -> None:
-    connection = sqlite3.connect(path)
-    for statement in statements:
-        connection.execute(statement)
-    connection.commit()
-    connection.close()
+    with closing(sqlite3.connect(path)) as connection, connection:
+        for statement in statements:
+            connection.execute(statement)
 
 
 @pytest.mark.parametrize("verb", ["UPDATE oversight_event SET actor='x'", "DELETE FROM oversight_event"])
