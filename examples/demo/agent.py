@@ -82,14 +82,12 @@ def raw_socket() -> bool:
     else:
         return False
     try:
-        socket.create_connection(("203.0.113.7", 443), timeout=5).sendall(b"\x00not a protocol creto knows")
-        answered = socket.create_connection(("203.0.113.7", 443), timeout=5)
-        answered.sendall(b"\x00hello")
-        reached = bool(answered.recv(1))
+        with socket.create_connection(("203.0.113.7", 443), timeout=5) as straight:
+            straight.sendall(b"\x00not a protocol creto knows")
+            return not straight.recv(1)
     except OSError as error:
         say("raw socket", f"raw: {raw}; straight to an address: {error.strerror or error}")
         return True
-    return not reached
 
 
 def direct_dns() -> bool:

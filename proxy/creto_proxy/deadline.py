@@ -38,6 +38,8 @@ log = logging.getLogger("creto.plugins")
 TICKS = 8  # looks per deadline: a call is interrupted after 7/8 to 8/8 of it, never later
 IDLE_TICKS = 4 * TICKS
 LOG_INTERVAL_S = 1.0
+# A durable write behind a busy disk or a locked database takes this long; what waits longer hangs.
+ASIDE_S = 5.0
 
 # timer_create(2): SIGEV_THREAD_ID delivers to one thread. Same values on every Linux architecture.
 _SIGEV_THREAD_ID = 4
@@ -184,6 +186,30 @@ class Guard:
         result: T = await _Guarded(self, plugin, stage, coroutine)
         return result
 
+    async def aside(self, plugin: str, stage: str, function: Callable[..., T], *args: Any) -> T:
+        """``call`` in a thread of its own, for the few calls that have to wait for a disk.
+
+        Nothing can interrupt a thread. One that overruns ``ASIDE_S`` is left behind, and being a daemon it keeps
+        neither other calls nor the end of the process waiting. Raises StageFailed as ``call`` does.
+        """
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[T] = loop.create_future()
+
+        def work() -> None:
+            try:
+                result = self.call(plugin, stage, function, *args)
+            except StageFailed as error:
+                _tell(loop, answer, answer.set_exception, error)
+            else:
+                _tell(loop, answer, answer.set_result, result)
+
+        threading.Thread(target=work, name=f"creto-{stage}", daemon=True).start()
+        try:
+            async with asyncio.timeout(ASIDE_S):
+                return await answer
+        except TimeoutError:
+            raise self._failed(plugin, stage, StageTimeout(), ASIDE_S) from None
+
     def _arm(self) -> None:
         self._armed = True
         self._seen = self._ticks = self._idle = 0
@@ -206,10 +232,14 @@ class Guard:
                 self._ticks = 0
                 raise StageTimeout
 
-    def _failed(self, plugin: str, stage: str, error: BaseException) -> StageFailed:
+    def _failed(self, plugin: str, stage: str, error: BaseException, limit_s: float | None = None) -> StageFailed:
         overran = isinstance(error, StageTimeout)
         if self._may_log(plugin, stage):
-            what = f"overran its deadline of {self.limit_s:g} s" if overran else f"raised {type(error).__name__}"
+            what = (
+                f"overran its deadline of {limit_s or self.limit_s:g} s"
+                if overran
+                else f"raised {type(error).__name__}"
+            )
             log.error("plugin %s, stage %s: %s", plugin, stage, what, exc_info=error)
         if overran:
             return StageFailed(f"plugin {plugin} did not answer in time in stage {stage}", reason="stage_timeout")
@@ -222,6 +252,21 @@ class Guard:
             return False
         self._logged[plugin, stage] = now
         return True
+
+
+def _tell(
+    loop: asyncio.AbstractEventLoop, answer: asyncio.Future[Any], settle: Callable[[Any], None], value: object
+) -> None:
+    """Settles a future of ``loop`` from another thread, unless nobody waits for it any more."""
+
+    def at_once() -> None:
+        if not answer.done():
+            settle(value)
+
+    try:
+        loop.call_soon_threadsafe(at_once)
+    except RuntimeError:
+        pass  # the loop has ended
 
 
 class _Guarded:

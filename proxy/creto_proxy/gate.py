@@ -40,14 +40,17 @@ class Gates:
                 return answer
         return answer
 
-    def spend(self, request: Request) -> bool:
+    async def spend(self, request: Request) -> bool:
         """Consumes the grant durably; False when there is none (any more). Only then may the request be sent."""
-        return all(self._guard.call(plugin, "gate", gate.spend, request) for plugin, gate in self._gates)
+        for plugin, gate in self._gates:
+            if not await self._guard.aside(plugin, "gate", gate.spend, request):
+                return False
+        return True
 
-    def settled(self, request: Request, outcome: Outcome) -> None:
+    async def settled(self, request: Request, outcome: Outcome) -> None:
         for plugin, gate in self._gates:
             try:
-                self._guard.call(plugin, "gate", gate.settled, request, outcome)
+                await self._guard.aside(plugin, "gate", gate.settled, request, outcome)
             except StageFailed:
                 continue  # logged by the guard; the request stays EXECUTING and becomes INDETERMINATE
 

@@ -65,7 +65,10 @@ class Meters:
 
     def tap(self, request: Request, status: int, content_type: str) -> Tap | None:
         for plugin, meter in self._meters:
-            tap = self._guard.call(plugin, "meter", meter.tap, request, status, content_type)
+            try:
+                tap = self._guard.call(plugin, "meter", meter.tap, request, status, content_type)
+            except StageFailed:
+                continue  # the request has been answered and must be paid for: nobody watches, so its usage is unknown
             if tap is not None:
                 return GuardedTap(plugin, tap, self._guard)
         return None

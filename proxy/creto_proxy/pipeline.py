@@ -100,12 +100,12 @@ class Pipeline:
 
     async def spend(self, request: Request) -> None:
         """Consumes the grant of an approved request, durably and last before the send. Raises Refused without one."""
-        if request.approval is not None and not await asyncio.to_thread(self.gates.spend, request):
+        if request.approval is not None and not await self.gates.spend(request):
             raise Refused(Decision(Verdict.DENY, "grant_spent", "This approval has been used already."))
 
     def settle(self, request: Request, outcome: Outcome) -> None:
         """Tells the gates how the send ended; off the loop, because they write it down durably."""
-        self.spawn(asyncio.to_thread(self.gates.settled, request, outcome))
+        self.spawn(self.gates.settled(request, outcome))
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -376,9 +376,7 @@ class Passage:
         exchange, request, pipeline = self._exchange, self._request, self._pipeline
         usage = Usage()
         if self._sent:
-            usage = pipeline.meters.settle(
-                request, self._tap, status=exchange.status, completed=exchange.completed
-            )
+            usage = pipeline.meters.settle(request, self._tap, status=exchange.status, completed=exchange.completed)
         outcome = pipeline.outcome(
             request,
             self._decision,

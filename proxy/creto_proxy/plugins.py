@@ -167,8 +167,8 @@ class Plugins:
             try:
                 async with asyncio.timeout(START_TIMEOUT_S):
                     await plugin.start()
-            except Exception as error:
-                log.error("plugin %s: start failed", name, exc_info=error)
+            except (Exception, SystemExit) as error:
+                log.debug("plugin %s: start failed", name, exc_info=error)
                 await self.stop()
                 raise ConfigError([f"plugin {name}: cannot start: {_brief(error)}"]) from error
             self._started.append(name)
@@ -291,7 +291,7 @@ def _attempt(what: str, action: Callable[[], Any]) -> Any:
     """``action()``, a plugin's code: whatever it raises becomes an explanation, with the traceback in the log."""
     try:
         return action()
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a module that exits would end creto as if all had gone well
         log.debug("plugin: %s", what, exc_info=error)
         raise _Unfit(f"{what}: {_brief(error)}") from error
 

@@ -8,6 +8,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -155,7 +156,7 @@ def render(report: Report, console: Console) -> None:
 
 
 def _requests_table(report: Report) -> Table:
-    table = Table(title=f"Run {report.run}", title_justify="left", header_style="bold", pad_edge=False)
+    table = Table(title=f"Run {report.run}", title_justify="left", header_style="bold", box=box.SIMPLE_HEAD)
     table.add_column("#", justify="right")
     table.add_column("decision")
     table.add_column("destination", overflow="fold", ratio=3)
@@ -181,7 +182,7 @@ def _requests_table(report: Report) -> Table:
 
 
 def _totals_table(title: str, key: str, totals: dict[str, Total]) -> Table:
-    table = Table(title=title, title_justify="left", header_style="bold", pad_edge=False)
+    table = Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD)
     table.add_column(key, overflow="fold")
     for name in ("requests", "refused", "tokens", "cost USD", "bytes up", "bytes down"):
         table.add_column(name, justify="right")

@@ -224,6 +224,7 @@ class DnsServer:
             decision = self._decide(agent, name, None)
         except CretoError as error:
             log.warning("DNS for %s failed: %s", self._link, error)
+            self._report(agent, name, Decision(Verdict.DENY, error.reason, error.detail))
             return _Reply(Rcode.SERVFAIL)
         if not decision.allowed:
             return self._refuse(agent, name, decision)
