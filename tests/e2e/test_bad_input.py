@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+
 import pytest
 
 from .conftest import Creto
@@ -56,3 +58,23 @@ def test_a_missing_policy_directory_is_named(creto: Creto) -> None:
     done = creto.call("run", "--policy", str(missing), "--", "true")
     assert done.returncode == 2
     assert str(missing) in done.stderr
+
+
+def test_where_namespaces_are_refused_it_says_why_and_what_to_do_and_stops(creto: Creto) -> None:
+    """In a user namespace of its own, whose limit on further ones is set to none."""
+    started = creto.directory / "started"
+    inside = ["unshare", "--user", "--map-root-user", "sh", "-c",
+              'echo 0 > /proc/sys/user/max_user_namespaces && exec "$@"', "sh"]  # fmt: skip
+    if subprocess.run([*inside, "true"], capture_output=True, check=False).returncode != 0:
+        pytest.skip("this machine does not let a test lower the limit of a user namespace")
+    refused = subprocess.run(
+        [*inside, *creto.run_command(["touch", str(started)])],
+        env=creto.environment, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert refused.returncode == 3 and not started.exists()
+    assert "max_user_namespaces" in refused.stderr and "--enforce=proxy-env" in refused.stderr
+    asked_for = subprocess.run(
+        [*inside, *creto.run_command(["touch", str(started)], "--enforce", "proxy-env")],
+        env=creto.environment, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert asked_for.returncode == 0 and started.exists() and "bypass" in asked_for.stderr
