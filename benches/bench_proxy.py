@@ -1,4 +1,4 @@
-"""What does a governed request cost (identity, policy, quota, journal, ledger and audit log on) beside nginx proxy_pass?
+"""What does a governed request cost (identity, policy, quota, journal, ledger, audit log) beside nginx proxy_pass?
 
     pytest benches/bench_proxy.py
 
@@ -20,7 +20,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import harness  # noqa: E402  the benches are scripts, not a package
+import harness
 
 SECONDS = float(os.environ.get("CRETO_BENCH_SECONDS", "2"))
 ROUNDS = int(os.environ.get("CRETO_BENCH_ROUNDS", "3"))
