@@ -10,8 +10,10 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import resource
 import socket
 from collections.abc import Callable, Sequence
+from typing import cast
 
 from creto_hotpath.http1 import BadMessage
 from creto_hotpath.relay import Downstream, Exchange, Limits
@@ -31,6 +33,11 @@ from creto_proxy.tunnels import Tunnels, bare_request
 log = logging.getLogger("creto.accept")
 
 _METHOD_BYTES = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz!#$%&'*+-.^_`|~0123456789 ")
+
+# Journal, ledger, audit log and keys must always find a descriptor, however many connections agents open.
+_RESERVED_DESCRIPTORS = 128
+# What was cut off at the end is closed, and so recorded, within a few turns of the loop.
+_RECORDING_S = 1.0
 
 Names = Callable[[str, Address], Sequence[str]]
 
@@ -62,11 +69,12 @@ class Conversation:
     def _agent_of(self, exchange: Exchange) -> Agent:
         if self._flow.way == "explicit" and not self._flow.bound_names:
             self._flow.credentials = proxy_credentials(exchange.head.headers.get("proxy-authorization"))
-        self._agent = self._gateway.pipeline.identify(self._flow)
-        if self._agent is None:
-            status = 407 if self._flow.way == "explicit" else 403
+        agent = self._gateway.pipeline.identify(self._flow)
+        if agent is None:  # the one it was is kept: its refusals are on record, too
+            status = 407 if self._flow.way == "explicit" and not self._flow.bound_names else 403
             raise Permanent("This connection belongs to no known agent.", reason="unknown_agent", status=status)
-        return self._agent
+        self._agent = agent
+        return agent
 
     def on_body(self, exchange: Exchange, body: bytes | None) -> None:
         if self._passage is not None:
@@ -110,7 +118,9 @@ class Gateway:
         *,
         authority: CertificateAuthority,
         names: Names,
+        capacity: int | None = None,
     ) -> None:
+        """capacity: agent connections at a time, by default what the process' descriptors allow; more are reset."""
         self.pipeline = pipeline
         self.targets = targets
         self._limits = limits
@@ -121,6 +131,9 @@ class Gateway:
         self._servers: list[asyncio.Server] = []
         self._loops: list[asyncio.Task[None]] = []
         self._tunnels = Tunnels(pipeline)
+        self._sorting = 0
+        self._capacity = capacity
+        self._crowded = False
 
     # -- listeners
 
@@ -128,9 +141,11 @@ class Gateway:
         """Explicit and reverse listeners: plain HTTP/1 from the first byte."""
         loop = asyncio.get_running_loop()
 
-        def connection() -> Downstream:
+        def connection() -> asyncio.Protocol:
+            if self._full(link):
+                return _Turned()
             flow = Flow(id=next(self._ids), link=link, way=way, peer="")
-            return self._downstream(flow, None)
+            return cast(asyncio.Protocol, self._downstream(flow, None))
 
         self._servers.append(await loop.create_server(connection, sock=sock))
 
@@ -149,10 +164,26 @@ class Gateway:
                 await asyncio.sleep(0.05)  # out of descriptors: the backlog keeps the others waiting
                 continue
             sock.setblocking(False)
+            if self._full(link):
+                reset(sock)
+                continue
             self.pipeline.spawn(self._redirected(sock, str(peer[0]), link))
 
+    def _full(self, link: str) -> bool:
+        """Whether one more connection is too many; said once each time it comes to that."""
+        if self._capacity is None:
+            self._capacity = room()
+        crowded = len(self._open) + len(self._tunnels) + self._sorting >= self._capacity
+        if crowded and not self._crowded:
+            log.warning("%s: more than %d connections at a time; further ones are reset", link, self._capacity)
+        self._crowded = crowded
+        return crowded
+
     async def _redirected(self, sock: socket.socket, peer: str, link: str) -> None:
-        destination = original_destination(sock)
+        try:
+            destination = original_destination(sock)
+        except OSError:
+            destination = None  # gone already
         if destination is None:
             sock.close()  # dialled directly: forwarding it would loop
             return
@@ -176,12 +207,15 @@ class Gateway:
         if agent is None:
             reset(sock)
             return
+        self._sorting += 1
         try:
             await self._sort(sock, flow, agent)
         except CretoError as error:
             self._refuse_flow(sock, flow, agent, error)
         except (OSError, BadHello) as error:
             self._refuse_flow(sock, flow, agent, Permanent(str(error) or "connection broken", reason="bad_connection"))
+        finally:
+            self._sorting -= 1
 
     async def _sort(self, sock: socket.socket, flow: Flow, agent: Agent) -> None:
         name = flow.bound_names[0] if flow.bound_names else None
@@ -235,13 +269,17 @@ class Gateway:
 
     async def connect(self, conversation: Conversation, exchange: Exchange, flow: Flow, request: Request) -> None:
         """CONNECT: granted when the name may be reached; what flows inside is then judged like any connection."""
-        decision = self.pipeline.egress.name_decision(request.agent, request.host, request.port)
-        if literal(request.host) is not None:
-            address = literal(request.host)
-            assert address is not None
-            decision = self.pipeline.egress.address_decision(request.agent, None, address, request.port)
-        if not decision.allowed:
-            self.refuse_early(exchange, flow, request.agent, Refused(decision), request)
+        address = literal(request.host)
+        try:
+            self.pipeline.recorder.require()
+            if address is None:
+                decision = self.pipeline.egress.name_decision(request.agent, request.host, request.port)
+            else:
+                decision = self.pipeline.egress.address_decision(request.agent, None, address, request.port)
+            if not decision.allowed:
+                raise Refused(decision)
+        except CretoError as error:
+            self.refuse_early(exchange, flow, request.agent, error, request)
             return
         if exchange.over:
             return
@@ -260,9 +298,8 @@ class Gateway:
             port=request.port,
             credentials=flow.credentials,
         )
-        inner_original = literal(request.host)
-        if inner_original is not None:
-            inner.original = (inner_original, request.port)
+        if address is not None:
+            inner.original = (address, request.port)
         await self.serve(sock, inner)
 
     # -- refusals before there is a request to judge
@@ -343,9 +380,33 @@ class Gateway:
             task.cancel()
         for conversation in list(self._open):
             conversation.abort()
+        deadline = asyncio.get_running_loop().time() + _RECORDING_S
+        while self._recording() and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(0.01)
 
     def _busy(self) -> bool:
-        return bool(self.pipeline.tasks or self._tunnels) or any(each.busy for each in self._open)
+        return bool(self.pipeline.tasks) or self._recording()
+
+    def _recording(self) -> bool:
+        """Whether something is open that leaves a record when it closes."""
+        return bool(self._tunnels) or any(each.busy for each in self._open)
+
+
+def room() -> int:
+    """Agent connections that fit into this process' descriptors, of which it takes as many as it may have: each needs
+    another to its upstream, and idle ones to upstreams are kept."""
+    _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+    if limit == resource.RLIM_INFINITY:
+        return 1 << 20
+    return max(1, (limit - _RESERVED_DESCRIPTORS) // 3)
+
+
+class _Turned(asyncio.Protocol):
+    """A connection that is one too many."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        cast(asyncio.Transport, transport).abort()
 
 
 def _hint(name: str, decision: Decision) -> str:

@@ -36,7 +36,8 @@ RETRY_S = (0.2, 1.0, 5.0, 15.0)
 # incident can be looked into. A machine that runs agents all day must not keep every run for ever.
 KEEP_S = 7 * 86_400
 
-_pack = msgpack.Packer(use_bin_type=True, autoreset=True).pack
+# Text from upstreams (a model's name) may hold lone surrogates; a record must not be lost for that.
+_pack = msgpack.Packer(use_bin_type=True, autoreset=True, unicode_errors="backslashreplace").pack
 _FIELDS = tuple(Outcome.__slots__)
 _USAGE_AT = _FIELDS.index("usage")
 
@@ -208,10 +209,10 @@ class Replay:
             self._failures = 0 if self._pass() else self._failures + 1
             if stopping:
                 return
-            delay = RETRY_S[min(self._failures, len(RETRY_S) - 1)] if self._failures else None
-            self.wake.wait(delay)
-            if self._failures and not self._stop.is_set():
-                self._stop.wait(delay)
+            if self._failures:
+                self._stop.wait(RETRY_S[min(self._failures, len(RETRY_S)) - 1])
+            else:
+                self.wake.wait()
 
     def _pass(self) -> bool:
         """Everything there is, once; False when some of it has to be tried again."""

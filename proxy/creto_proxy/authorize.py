@@ -7,20 +7,28 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-import msgspec
-
 from creto_platform.authz import Authz, Query
+from creto_proxy.bodies import AmbiguousBody, json_pointer
 from creto_proxy.egress import literal
+from creto_proxy.errors import Refused
 from creto_proxy.model import Decision, Request, Verdict
+from creto_proxy.paths import readings
 from creto_proxy.settings import Extract
 
+# Header fields by which common frameworks take another method, or another path, than the request line says.
+METHOD_OVERRIDES = ("x-http-method", "x-http-method-override", "x-method-override")
+PATH_OVERRIDES = ("x-original-url", "x-rewrite-url")
+NO_PERMIT = "policy_no_permit"
 READS = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})
 _VERDICTS = {"allow": Verdict.ALLOW, "oversight": Verdict.ESCALATE, "deny": Verdict.DENY}
 
 
-def action_of(method: str) -> str:
-    """The Cedar action of an HTTP method: safe methods read, everything else writes (RFC 9110 section 9.2.1)."""
-    return "httpRead" if method in READS else "httpWrite"
+def action_of(method: str, *, upgrades: bool = False) -> str:
+    """The Cedar action of an HTTP method: safe methods read, everything else writes (RFC 9110 section 9.2.1).
+
+    upgrades: the connection is to become something else (WebSocket), over which anything can be written.
+    """
+    return "httpRead" if method in READS and not upgrades else "httpWrite"
 
 
 def applies(rule: Extract, request: Request) -> bool:
@@ -28,7 +36,7 @@ def applies(rule: Extract, request: Request) -> bool:
     host = rule.host
     if host != "*" and host != request.host and not (host.startswith("*.") and request.host.endswith(host[1:])):
         return False
-    return fnmatchcase(request.path, rule.path)
+    return any(fnmatchcase(path, rule.path) for path in readings(request.path))
 
 
 def speaks_mcp(request: Request) -> bool:
@@ -55,7 +63,24 @@ class Policy:
         return 0
 
     def authorize(self, request: Request) -> Decision:
-        """ALLOW, DENY or ESCALATE with the determining policies; an error of the engine is a DENY."""
+        """ALLOW, DENY or ESCALATE with the determining policies; an error of the engine is a DENY.
+
+        Permits are looked for under the path and method as they stand; what is forbidden is forbidden under every
+        reading of the path, and a method that the server is asked to take instead must be permitted as well.
+
+        Raises Refused for header fields that replace the path, and for bodies that parsers read differently.
+        """
+        decision = self._judge(request, request.action, request.method, request.path)
+        for method in _overriding(request):
+            decision = decision.stricter(self._judge(request, action_of(method), method, request.path))
+        if "path" in self._authz.reads(request.action):
+            for path in readings(request.path)[1:]:
+                other = self._judge(request, request.action, request.method, path)
+                if other.verdict is not Verdict.ALLOW and other.reason != NO_PERMIT:
+                    decision = decision.stricter(other)
+        return decision
+
+    def _judge(self, request: Request, action: str, method: str, path: str) -> Decision:
         agent = request.agent
         answer = self._authz.decide(
             Query(
@@ -63,9 +88,9 @@ class Policy:
                 org=agent.org,
                 env=agent.env,
                 owner=agent.root,
-                action=request.action,
+                action=action,
                 host=request.host,
-                context=self._context(request),
+                context=self._context(request, action, method, path),
                 expires_ns=int(agent.expires_at * 1e9),
             )
         )
@@ -78,9 +103,10 @@ class Policy:
             obligations=answer.obligations,
         )
 
-    def _context(self, request: Request) -> dict[str, Any]:
-        reads = self._authz.reads(request.action)
-        context: dict[str, Any] = {}
+    def _context(self, request: Request, action: str, method: str, path: str) -> dict[str, Any]:
+        reads = self._authz.reads(action)
+        asked = {"method": method, "path": path}
+        context: dict[str, Any] = {name: value for name, value in asked.items() if name in reads}
         for name in reads:
             source = _CONTEXT.get(name)
             if source is not None:
@@ -89,18 +115,41 @@ class Policy:
                     context[name] = value
         for rule in self._extracts:
             if rule.attribute in reads and applies(rule, request):
-                value = _extracted(rule, request.body)
+                value = _extracted(request, rule.field)
                 if value is not None:
                     context[rule.attribute] = value
         return context
 
 
-def _extracted(rule: Extract, body: bytes | None) -> str | int | bool | None:
-    if not body:
+def _overriding(request: Request) -> set[str]:
+    """Methods that the server is asked to take instead of the one in the request line. Raises Refused when it is
+    asked to take another path."""
+    headers = request.headers
+    for name in PATH_OVERRIDES:
+        if headers.get(name) is not None:
+            raise _bad("path_override", f"{name} asks the server to take another path than the one judged.")
+    methods = {value.strip().upper() for name in METHOD_OVERRIDES for value in headers.getall(name)}
+    return methods - {request.method}
+
+
+def _extracted(request: Request, pointer: str) -> str | int | bool | None:
+    """The value at ``pointer`` in a JSON body, None when there is none or it is neither text nor a whole number.
+
+    Raises Refused when the server might find another value there.
+    """
+    if not request.body:
         return None
+    declared = _essence(request.headers.get("content-type"))
+    says_json = declared in ("", "application/json", "text/json") or declared.endswith("+json")
+    if (request.headers.get("content-encoding") or "identity").strip().lower() != "identity":
+        raise _bad("unreadable_body", "Policy decides on the body of this request; send it unencoded.")
     try:
-        value = json_pointer(msgspec.json.decode(body), rule.field)
-    except msgspec.DecodeError:
+        value = json_pointer(request.body, pointer)
+    except AmbiguousBody as error:
+        raise _bad("ambiguous_body", f"Parsers would read the body differently: {error}.") from None
+    except ValueError:
+        if says_json:
+            raise _bad("unreadable_body", "Policy decides on the body, which is not UTF-8 JSON.") from None
         return None
     # Cedar knows whole numbers and strings; a float must not be rounded into a permission.
     if isinstance(value, (str, bool)) or (isinstance(value, int) and -(2**63) <= value < 2**63):
@@ -108,17 +157,12 @@ def _extracted(rule: Extract, body: bytes | None) -> str | int | bool | None:
     return None
 
 
-def json_pointer(document: Any, pointer: str) -> Any:
-    """The value at an RFC 6901 pointer, None when there is none."""
-    for token in pointer.split("/")[1:]:
-        key = token.replace("~1", "/").replace("~0", "~")
-        if isinstance(document, dict):
-            document = document.get(key)
-        elif isinstance(document, list) and key.isascii() and key.isdigit() and int(key) < len(document):
-            document = document[int(key)]
-        else:
-            return None
-    return document
+def _essence(content_type: str | None) -> str:
+    return (content_type or "").partition(";")[0].strip().lower()
+
+
+def _bad(reason: str, detail: str) -> Refused:
+    return Refused(Decision(Verdict.DENY, reason, detail, status=400))
 
 
 def _literal(request: Request) -> str | None:
@@ -127,13 +171,7 @@ def _literal(request: Request) -> str | None:
 
 
 def _model(request: Request) -> str | None:
-    if not request.body:
-        return None
-    try:
-        document = msgspec.json.decode(request.body)
-    except msgspec.DecodeError:
-        return None
-    model = document.get("model") if isinstance(document, dict) else None
+    model = _extracted(request, "/model")
     return model if isinstance(model, str) else None
 
 
@@ -152,8 +190,6 @@ def _approval(request: Request) -> dict[str, Any] | None:
 
 
 _CONTEXT: dict[str, Any] = {
-    "method": lambda r: r.method,
-    "path": lambda r: r.path,
     "scheme": lambda r: r.scheme,
     "way": lambda r: r.flow.way,
     "port": lambda r: r.port,

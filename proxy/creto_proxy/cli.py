@@ -120,7 +120,7 @@ class Operator:
     def emit(self, rows: Table | Sequence[Mapping[str, object]], document: Any) -> None:
         """Prints ``document`` under ``--json``, else ``rows``: a rich table, or one mapping per row."""
         if self.json:
-            click.echo(json.dumps(document, indent=2, ensure_ascii=False, default=str))
+            click.echo(_visible(json.dumps(document, indent=2, ensure_ascii=False, default=str)))
             return
         from rich.table import Table
 
@@ -145,8 +145,17 @@ def _table(rows: Sequence[Mapping[str, object]]) -> Table:
     for column in rows[0] if rows else ():
         table.add_column(column)
     for row in rows:
-        table.add_row(*(Text(str(value)) for value in row.values()))
+        table.add_row(*(Text(_visible(str(value))) for value in row.values()))
     return table
+
+
+def _visible(text: str) -> str:
+    """Text from agents without the power to move the cursor or to turn letters around; in JSON these are escapes."""
+    return "".join(char if char.isprintable() or char == "\n" else _escape(char) for char in text)
+
+
+def _escape(char: str) -> str:
+    return json.dumps(char)[1:-1] if char != "\x7f" else "\\u007f"
 
 
 def _take(context: click.Context, parameter: click.Parameter, value: Any) -> Any:

@@ -76,7 +76,7 @@ class Flow:
     port: int = 0
     sni: str | None = None
     tls: bool = False
-    credentials: str | None = None
+    credentials: str | None = field(default=None, repr=False)
 
 
 class Headers(Protocol):
@@ -132,9 +132,9 @@ class Decision:
             verdict=self.verdict,
             reason=self.reason,
             detail=self.detail,
-            policies=self.policies + other.policies,
-            profiles=self.profiles + tuple(p for p in other.profiles if p not in self.profiles),
-            obligations=self.obligations + other.obligations,
+            policies=tuple(dict.fromkeys(self.policies + other.policies)),
+            profiles=tuple(dict.fromkeys(self.profiles + other.profiles)),
+            obligations=tuple(dict.fromkeys(self.obligations + other.obligations)),
             status=self.status,
         )
 
@@ -158,7 +158,8 @@ class Request:
 
     id: UUIDv7, 16 bytes; the id of the outcome in journal, ledger and audit.
     host: lower-case A-label name or canonical address literal, without port or trailing dot.
-    path, query: of the target; ``path`` starts with "/", ``query`` is without "?" and never recorded.
+    path, query: of the target; ``path`` starts with "/" and is in canonical spelling (see ``paths``), ``query`` is
+    without "?" and never recorded. sent_path: the path as the agent spelled it, which is what is sent.
     body: complete only when some stage asked for it through ``body_limit``; None otherwise.
     fingerprint: of exactly this action, set by the gate that holds it; policy compares it with the approval's.
     notes: working memory of plugins for this request, keyed by plugin name. Created on first use.
@@ -174,13 +175,14 @@ class Request:
     host: str
     port: int
     path: str
-    query: str
-    headers: Headers
+    query: str = field(repr=False)
+    headers: Headers = field(repr=False)
     received_ns: int
-    body: bytes | None = None
+    body: bytes | None = field(default=None, repr=False)
     approval: Approval | None = None
     fingerprint: str = ""
-    _notes: dict[str, Any] | None = None
+    sent_path: str = field(default="", repr=False)
+    _notes: dict[str, Any] | None = field(default=None, repr=False)
 
     @property
     def notes(self) -> dict[str, Any]:

@@ -90,6 +90,11 @@ class Pipeline:
             return answer, waited
         if client.gone:
             return Decision(Verdict.DENY, "agent_gone", "The agent hung up while its call was held."), waited
+        # People take longer than delegations live: who asks now is the agent as it stands now, or nobody.
+        agent = self.identify(request.flow)
+        if agent is None or agent.id != request.agent.id:
+            return Decision(Verdict.DENY, "unknown_agent", "The delegation ended while the call was held."), waited
+        request.agent = agent
         decision = self.authorize(request)
         if decision.verdict is Verdict.ESCALATE:
             self.meters.release(request)
@@ -213,11 +218,14 @@ class Passage:
             self._refuse(error)
 
     def _collect_or(self, limit: int, proceed: Any) -> None:
-        head = self._exchange.head
-        if limit and self._request.body is None and (head.chunked or head.content_length > 0):
+        if limit and self._body_unread():
             self._exchange.collect(limit)
         else:
             proceed()
+
+    def _body_unread(self) -> bool:
+        head = self._exchange.head
+        return self._request.body is None and bool(head.chunked or head.content_length > 0)
 
     def _ask_control(self) -> None:
         async def answer() -> None:
@@ -233,11 +241,23 @@ class Passage:
         if decision.allowed:
             self._send()
         elif decision.verdict is Verdict.ESCALATE:
+            self._check_egress()
             # A held request is kept whole, because what is approved must be exactly what is sent.
             self._waiting_for_body = decision
-            self._collect_or(self._pipeline.held_body_bytes, self._hold)
+            if self._body_unread():
+                self._exchange.collect(self._pipeline.held_body_bytes)
+            else:
+                self._hold()
         else:
             raise Refused(decision)
+
+    def _check_egress(self) -> None:
+        """Raises Refused for what could not be sent anyway: nobody is to be asked about that."""
+        try:
+            self._pipeline.egress.permit_now(self._request)
+        except CretoError:
+            self._pipeline.meters.release(self._request)
+            raise
 
     def _hold(self) -> None:
         asked = self._waiting_for_body
@@ -359,13 +379,16 @@ class Passage:
         return self._tap
 
     def abort(self) -> None:
-        """Cuts off agent and upstream; ``end`` follows at once."""
-        self._exchange.abort()
+        """Cuts off agent and upstream; ``end`` follows at once, after an upgrade when both sides are closed."""
+        if self._exchange.status == HTTPStatus.SWITCHING_PROTOCOLS:
+            self._exchange.downstream.transport.abort()
+        else:
+            self._exchange.abort()
 
     def _refuse(self, error: CretoError) -> None:
         if isinstance(error, Refused):
             self._decision = error.decision
-        elif not self._sent:
+        else:
             self._error = error.reason
         if not self._exchange.over:
             status, headers, body = render(error, self._request)
@@ -396,7 +419,7 @@ class Passage:
     def _times(self) -> dict[str, int]:
         exchange = self._exchange
         end = exchange.ended_ns
-        decided = exchange.forwarded_ns if self._sent else end
+        decided = exchange.forwarded_ns or end
         return {
             "creto_ns": max(0, decided - self._ready_ns - self._held_ns - self._reach_ns),
             "held_ns": self._held_ns,
@@ -414,7 +437,7 @@ def _pending(decision: Decision) -> Held:
 
 
 def _target(request: Request) -> str:
-    return f"{request.path}?{request.query}" if request.query else request.path
+    return f"{request.sent_path}?{request.query}" if request.query else request.sent_path
 
 
 def _authority(request: Request) -> str:

@@ -10,8 +10,9 @@ from creto_proxy.errors import Permanent
 from creto_proxy.tls import MAX_HELLO_WIRE, Hello, parse_client_hello
 
 PEEK_TIMEOUT_S = 3.0
-# Readiness is level-triggered: half a hello would spin. Waiting a millisecond costs less than a timer wheel here.
+# Readiness is level-triggered: half a hello would spin. The pauses grow, so that many halves do not keep creto busy.
 PEEK_PAUSE_S = 0.001
+PEEK_PAUSE_MAX_S = 0.1
 
 
 async def peek(sock: socket.socket) -> bytes | Hello:
@@ -21,6 +22,7 @@ async def peek(sock: socket.socket) -> bytes | Hello:
     """
     loop = asyncio.get_running_loop()
     deadline = loop.time() + PEEK_TIMEOUT_S
+    pause_s = PEEK_PAUSE_S
     while True:
         try:
             data = sock.recv(MAX_HELLO_WIRE, socket.MSG_PEEK)
@@ -41,7 +43,8 @@ async def peek(sock: socket.socket) -> bytes | Hello:
                 reason="silent_connection",
             )
         if data:
-            await asyncio.sleep(PEEK_PAUSE_S)
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, PEEK_PAUSE_MAX_S)
         else:
             await _readable(sock, deadline - loop.time())
 
@@ -60,6 +63,11 @@ async def _readable(sock: socket.socket, timeout_s: float) -> None:
 
 
 def reset(sock: socket.socket) -> None:
-    """Closes with RST, so that the agent fails at once instead of reading an empty answer."""
+    """Closes with RST, so that the agent fails at once instead of reading an empty answer.
+
+    A socket that a transport took and closed, as after a TLS handshake that the agent broke off, is left alone.
+    """
+    if sock.fileno() < 0:
+        return
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     sock.close()

@@ -18,6 +18,7 @@ from creto_proxy.control import HOST as CONTROL_HOST
 from creto_proxy.egress import literal
 from creto_proxy.errors import Permanent, Refused
 from creto_proxy.model import Agent, Decision, Flow, Kind, Request, Verdict
+from creto_proxy.paths import AmbiguousPath, canonical
 
 # Ids must be unique, not secret: seeded by the kernel once instead of a system call per request.
 _random = Random()
@@ -85,7 +86,8 @@ class Targets:
             )
         address = literal(host)
         if address is not None:
-            if flow.original is None or flow.original[0] != address:
+            # The kernel reports an IPv4-mapped destination as the IPv4 address it is; egress judges it as written.
+            if flow.original is None or flow.original[0] not in (address, getattr(address, "ipv4_mapped", None)):
                 raise _denied("host_address_mismatch", "The Host field names another address than was dialled.")
         elif host not in flow.bound_names:
             raise _denied(
@@ -139,13 +141,18 @@ def _make(
     kind: Kind = "http",
     action: str | None = None,
 ) -> Request:
-    path, _, query = target.partition("?")
+    sent_path, _, query = target.partition("?")
+    try:
+        path = canonical(sent_path)
+    except AmbiguousPath as error:
+        detail = f"Servers would read this path differently: {error}. Send it resolved and plainly spelled."
+        raise Permanent(detail, reason="ambiguous_path", status=400) from None
     return Request(
         id=request_id(),
         flow=flow,
         agent=agent,
         kind=kind,
-        action=action or action_of(head.method),
+        action=action or action_of(head.method, upgrades=head.upgrade is not None),
         method=head.method,
         scheme=scheme,
         host=host,
@@ -154,6 +161,7 @@ def _make(
         query=query,
         headers=head.headers,
         received_ns=received_ns,
+        sent_path=sent_path,
     )
 
 

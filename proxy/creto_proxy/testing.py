@@ -122,6 +122,7 @@ def make_request(
         headers=FakeHeaders(headers),
         received_ns=received_ns,
         body=body,
+        sent_path=path,
     )
 
 

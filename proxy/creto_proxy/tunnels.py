@@ -66,6 +66,7 @@ class Tunnels:
         scheme = "tcp" if kind == "tcp" else "tls"
         request = bare_request(flow, agent, kind, kind, scheme, name, pipeline.clock.now_ns())
         decision: Decision | None = None
+        upstream: Parked | None = None
         held_ns = 0
         try:
             pipeline.recorder.require()
@@ -77,16 +78,17 @@ class Tunnels:
             permit = await pipeline.egress.permit(request)
             upstream = await pipeline.upstreams.open_raw(permit)
             await pipeline.spend(request)
+            _, agent_side = await asyncio.get_running_loop().connect_accepted_socket(Parked, sock)
         except (CretoError, OSError) as error:
             pipeline.meters.release(request)
+            if upstream is not None:
+                upstream.transport.abort()
             refusal = error if isinstance(error, CretoError) else Permanent(str(error), reason="name_not_found")
             decision = refusal.decision if isinstance(refusal, Refused) else decision
             self._record(request, decision, held_ns, error=refusal.reason)
             reset(sock)
             return
         opened = pipeline.clock.now_ns()
-        loop = asyncio.get_running_loop()
-        _, agent_side = await loop.connect_accepted_socket(Parked, sock)
         early = upstream.received
         if early:
             agent_side.transport.write(early)  # a server that speaks first

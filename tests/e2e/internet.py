@@ -28,7 +28,7 @@ from aiohttp import WSMsgType, web
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "demo"))
 
-from standins import certificates  # noqa: E402
+from standins import certificates
 
 A, AAAA = 1, 28
 RESOLVER = "127.0.0.1:53"

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from creto_platform.authz import Answer, Query
-from creto_proxy.authorize import Policy, json_pointer, speaks_mcp
+from creto_proxy.authorize import Policy, speaks_mcp
+from creto_proxy.bodies import json_pointer
 from creto_proxy.model import Approval, Verdict
 from creto_proxy.settings import Extract
 from creto_proxy.testing import make_request
@@ -93,10 +94,10 @@ def test_mcp_is_recognised_by_its_headers() -> None:
 
 
 def test_json_pointers_follow_rfc_6901() -> None:
-    document = {"a": [{"b/c": 1, "d~e": 2}], "": 3}
+    document = b'{"a": [{"b/c": 1, "d~e": 2}], "": 3}'
     assert json_pointer(document, "/a/0/b~1c") == 1
     assert json_pointer(document, "/a/0/d~0e") == 2
     assert json_pointer(document, "/") == 3
-    assert json_pointer(document, "") == document
+    assert json_pointer(document, "") == json.loads(document)
     for pointer in ("/a/1/b", "/a/-", "/a/x", "/a/0/b/c", "/nope"):
         assert json_pointer(document, pointer) is None

@@ -144,6 +144,7 @@ class Lab:
 
     port: int
     directory: Path
+    upstream: asyncio.Server
     received: list[bytes] = field(default_factory=list)
 
     async def send(self, raw: bytes) -> bytes:
@@ -188,14 +189,14 @@ async def lab(tmp_path: Path, **parts: Any) -> AsyncIterator[Lab]:
         finally:
             writer.close()
 
-    upstream = await asyncio.start_server(serve, "127.0.0.1", 0)
+    upstream = await asyncio.start_server(parts.get("serve", serve), "127.0.0.1", 0)
     up = upstream.sockets[0].getsockname()[1]
     hosts = ("good.test", "bad.test", "held.test", "denied.test")
     pins = {host: Endpoint(ipaddress.ip_address("127.0.0.1"), up) for host in hosts}
     pins["closed.test"] = Endpoint(ipaddress.ip_address("127.0.0.1"), 1)
     guard = Guard(parts.get("deadline_s", 0.2))
     links = Links()
-    links.attach("lab", lambda: make_agent("a"))
+    links.attach("lab", parts.get("agent", lambda: make_agent("a")))
     meter = parts.get("meter")
     journal = Journal(str(tmp_path), "w", flush="record")
     pipeline = Pipeline(
@@ -212,16 +213,23 @@ async def lab(tmp_path: Path, **parts: Any) -> AsyncIterator[Lab]:
         clock=SystemClock(),
         tasks=set(),
         run="w",
-        held_body_bytes=1000,
+        held_body_bytes=parts.get("held_body_bytes", 1000),
     )
-    gateway = Gateway(pipeline, Targets(), Limits(), authority=CertificateAuthority(), names=lambda link, address: ())
+    gateway = Gateway(
+        pipeline,
+        Targets(),
+        Limits(),
+        authority=CertificateAuthority(),
+        names=lambda link, address: (),
+        capacity=parts.get("capacity"),
+    )
     sock = socket.create_server(("127.0.0.1", 0))
     await gateway.listen_proxy(sock, "lab", "explicit")
     with guard:
         try:
-            yield Lab(sock.getsockname()[1], tmp_path, received)
+            yield Lab(sock.getsockname()[1], tmp_path, upstream, received)
         finally:
-            await gateway.stop(1.0)
+            await gateway.stop(parts.get("grace_s", 1.0))
             pipeline.upstreams.close()
             upstream.close()
             await upstream.wait_closed()

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+
 from creto_platform import embedded
 from creto_proxy.errors import ConfigError
 from creto_proxy.service import DELEGATION_TTL_S, Delegation, private_directory

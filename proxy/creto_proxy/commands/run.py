@@ -15,16 +15,17 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 import click
 
-from creto_proxy.errors import Unsupported
+from creto_proxy.errors import ConfigError, Unsupported
 
 if TYPE_CHECKING:
     from creto_proxy.cli import Operator
     from creto_proxy.jail import Jail
     from creto_proxy.service import Service
+    from creto_proxy.settings import Run
     from creto_proxy.tls import CertificateAuthority
 
 log = logging.getLogger("creto.run")
@@ -99,12 +100,13 @@ def govern(operator: Operator, argv: Sequence[str]) -> int:
     agent = config.run.name or agent_name(argv[0])
     service = assemble(config, operator.plugins, run=new_run_id(), authority=(authority := tls.CertificateAuthority()))
     service.attach("run", agent)
+    target = open_report(config.run)
     with trust_files(authority) as trust:
         if config.run.enforce == "proxy-env":
             status = _run_loop(ProxyEnv(service, argv, trust))
         else:
             status = _run_loop(Namespace(service, argv, trust))
-    write_report(service, status)
+    write_report(service, status, target)
     return status
 
 
@@ -254,7 +256,16 @@ def _run_loop(session: Namespace | ProxyEnv) -> int:
         signal.signal(signal.SIGINT, previous)
 
 
-def write_report(service: Service, status: int) -> None:
+def open_report(run: Run) -> TextIO:
+    """Where the report goes. Opened before the agent runs: afterwards the name could be a link to what is hidden from
+    the agent, and creto would write there for it. Raises ConfigError."""
+    try:
+        return open(run.report_file, "w") if run.report_file else os.fdopen(os.dup(2), "w")
+    except OSError as error:
+        raise ConfigError([f"run.report_file: {run.report_file}: cannot be written: {error.strerror}"]) from None
+
+
+def write_report(service: Service, status: int, target: TextIO) -> None:
     """The report in the chosen form. One that cannot be written is said, and does not change the exit status."""
     import json
 
@@ -273,16 +284,14 @@ def write_report(service: Service, status: int) -> None:
         audit=report.audit_state(service.state / "audit" / "log", service.platform.audit.vkeys),
     )
     try:
-        target = open(run.report_file, "w") if run.report_file else os.fdopen(os.dup(2), "w")
+        with target:
+            if run.report == "json":
+                json.dump(document.document(), target, indent=2)
+                target.write("\n")
+            else:
+                width = None if target.isatty() else 160
+                report.render(document, Console(file=target, width=width, highlight=False, emoji=False, markup=False))
     except OSError as error:
-        click.echo(f"creto: {run.report_file}: the report cannot be written: {error.strerror}", err=True)
-        return
-    with target:
-        if run.report == "json":
-            json.dump(document.document(), target, indent=2)
-            target.write("\n")
-        else:
-            width = None if target.isatty() else 160
-            report.render(document, Console(file=target, width=width, highlight=False, emoji=False, markup=False))
+        click.echo(f"creto: the report cannot be written: {error.strerror}", err=True)
 
 

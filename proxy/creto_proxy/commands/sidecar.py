@@ -55,12 +55,16 @@ def sidecar(operator: Operator, name: str) -> int:
 
 
 def open_listeners(config: Config) -> list[tuple[str, socket.socket]]:
-    """(way, listening socket) for each configured listener. Raises ConfigError naming every one that cannot be had."""
+    """(way, listening socket) for each configured listener. Raises ConfigError naming every one that cannot be had, or
+    that others than this machine's programs could reach: who connects to a listener is its agent."""
     problems: list[str] = []
     listeners: list[tuple[str, socket.socket]] = []
     for way in ("explicit", "reverse"):
         endpoint = getattr(config.listen, way)
         if endpoint is None:
+            continue
+        if not endpoint.address.is_loopback:
+            problems.append(f"listen.{way}: {endpoint} can be reached from elsewhere; use a loopback address")
             continue
         family = socket.AF_INET6 if endpoint.address.version == 6 else socket.AF_INET
         try:
