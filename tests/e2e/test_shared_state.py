@@ -37,7 +37,7 @@ def loop(thread):
             with urllib.request.urlopen("https://api.allowed.test" + path, timeout=20, context=context) as answer:
                 answer.read(); status = answer.status
         except urllib.error.HTTPError as error: status = error.code
-        print(status, path, flush=True)
+        print(f"{status} {path}\\n", end="", flush=True)
 threads = [threading.Thread(target=loop, args=(n,)) for n in range(4)]
 for thread in threads: thread.start()
 for thread in threads: thread.join()
