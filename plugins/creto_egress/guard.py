@@ -4,6 +4,7 @@ unasked."""
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import lru_cache
 
 from creto_egress.addresses import PUBLIC, kind, reaches
 from creto_egress.names import BadName, NameTable, normalise
@@ -12,6 +13,8 @@ from creto_egress.rules import ANY_PORT, Rule, parse
 from creto_egress.settings import EgressSettings
 from creto_proxy.model import Address, Agent, Decision, Verdict
 
+# Some 200 bytes each; an agent that asks for ever new names only pushes out its own.
+REMEMBERED_NAMES = 4096
 _ALLOWED_NAME = Decision(Verdict.ALLOW, "host_allowed")
 _ALLOWED_ADDRESS = Decision(Verdict.ALLOW, "address_allowed")
 
@@ -31,9 +34,14 @@ class Guard:
         self._tls_default = settings.tls.default
         self._intercepted: NameTable[bool] = NameTable((pattern, True) for pattern in settings.tls.intercept)
         self._spliced: NameTable[bool] = NameTable((pattern, True) for pattern in settings.tls.splice)
+        # The answer depends on the configuration alone, and agents ask for the same few names on every request.
+        self._decide_name = lru_cache(maxsize=REMEMBERED_NAMES)(self._name_decision)
 
     def name_allowed(self, agent: Agent, name: str, port: int | None) -> Decision:
         """``host_allowed``, or ``bad_name``, ``host_denied``, ``host_not_allowed``, ``port_not_allowed``."""
+        return self._decide_name(name, port)
+
+    def _name_decision(self, name: str, port: int | None) -> Decision:
         try:
             name = normalise(name)
         except BadName as error:
