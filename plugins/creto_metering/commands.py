@@ -120,6 +120,9 @@ def quota(operator: Operator) -> None:
     settings = cast(Settings, operator.config.sections["metering"])
     rows = budget_rows(settings, operator.state_dir, time.time_ns())
     documents = [{"level": row["level"], **row} for row in rows]
+    if not rows and not operator.json:
+        click.echo("Nothing is budgeted yet." if settings.budgets else "There are no budgets: [[metering.budgets]].")
+        return
     operator.emit([{k: "-" if v is None else v for k, v in row.items()} for row in documents], {"budgets": documents})
 
 
