@@ -40,6 +40,8 @@ KEEP_S = 7 * 86_400
 _pack = msgpack.Packer(use_bin_type=True, autoreset=True, unicode_errors="backslashreplace").pack
 _FIELDS = tuple(Outcome.__slots__)
 _USAGE_AT = _FIELDS.index("usage")
+# Records of earlier versions end here; what was added since has defaults.
+_OLDEST = _FIELDS.index("run") + 1
 
 
 def encode(outcome: Outcome) -> bytes:
@@ -57,9 +59,9 @@ def decode(payload: bytes) -> Outcome:
         row = msgpack.unpackb(payload, raw=False, use_list=False)
     except msgpack.UnpackException as error:
         raise ValueError(f"a journal record is not msgpack: {error}") from None
-    if not isinstance(row, tuple) or len(row) != len(_FIELDS):
+    if not isinstance(row, tuple) or not _OLDEST <= len(row) <= len(_FIELDS):
         had = f"{len(row)} fields" if isinstance(row, tuple) else "none"
-        raise ValueError(f"a journal record has {len(_FIELDS)} fields, this one has {had}")
+        raise ValueError(f"a journal record has {_OLDEST} to {len(_FIELDS)} fields, this one has {had}")
     usage = row[_USAGE_AT]
     if not isinstance(usage, tuple) or len(usage) != len(Usage.__slots__):
         raise ValueError("a journal record without usage")

@@ -161,6 +161,8 @@ class Request:
     path, query: of the target; ``path`` starts with "/" and is in canonical spelling (see ``paths``), ``query`` is
     without "?" and never recorded. sent_path: the path as the agent spelled it, which is what is sent.
     body: complete only when some stage asked for it through ``body_limit``; None otherwise.
+    resource: what is acted on where a host says too little, e.g. "tool:search", "model:gpt-4o"; "" for plain HTTP.
+    trace: the W3C traceparent that came with it when it is well-formed, else "".
     fingerprint: of exactly this action, set by the gate that holds it; policy compares it with the approval's.
     notes: working memory of plugins for this request, keyed by plugin name. Created on first use.
     """
@@ -182,6 +184,8 @@ class Request:
     approval: Approval | None = None
     fingerprint: str = ""
     sent_path: str = field(default="", repr=False)
+    resource: str = ""
+    trace: str = ""
     _notes: dict[str, Any] | None = field(default=None, repr=False)
 
     @property
@@ -234,7 +238,8 @@ class Outcome:
 
     decision: "allow", "deny" or "approved" (allowed after a person said yes).
     status: HTTP status the agent saw, 0 when none was sent. Times are nanoseconds; ``creto_ns`` excludes waiting for
-    the upstream and for people. There is no query, header, credential or body in it, by construction.
+    the upstream and for people. There is no query, credential or body in it, by construction. Fields are only ever
+    added at the end, each with a default, so that older journals stay readable.
     """
 
     id: bytes
@@ -266,6 +271,8 @@ class Outcome:
     upstream_ns: int
     total_ns: int
     run: str = ""
+    resource: str = ""
+    trace: str = ""
 
     def __iter__(self) -> Iterator[Any]:
         for name in self.__slots__:

@@ -144,6 +144,8 @@ class Pipeline:
             policies=decision.policies if decision is not None else (),
             approval_id=approval.id if approval is not None else str(asked),
             run=self.run,
+            resource=request.resource,
+            trace=request.trace,
             **facts,
         )
 
