@@ -30,13 +30,6 @@ cdef tuple miss = MISS
 cdef int64_t max_epoch = MAX_EPOCH
 cdef int64_t max_time = (<int64_t>1 << 62) - 1
 
-cdef struct entry_t:
-    uint64_t a
-    uint64_t b
-    int64_t expires     # 0: empty
-    int64_t value       # epoch << 16 | code
-
-
 cdef inline int load_key(object key, uint64_t *out) except -1:
     if not PyBytes_Check(key):
         raise TypeError(f"key must be bytes, not {type(key).__name__}")
@@ -56,10 +49,6 @@ cdef inline int64_t bounded(str name, object value, int64_t low, int64_t high) e
 
 cdef class DecisionTable:
     """Answers of the policy engine, kept until they expire or the policies change. See ``_admit_py.DecisionTable``."""
-
-    cdef entry_t *table
-    cdef uint64_t mask
-    cdef readonly Py_ssize_t entries
 
     def __cinit__(self, Py_ssize_t entries=65536):
         cdef Py_ssize_t sets
@@ -109,7 +98,7 @@ cdef class DecisionTable:
                 soonest = i
         return ways + soonest
 
-    cdef inline int64_t find(self, uint64_t a, uint64_t b, int64_t epoch, int64_t now) noexcept:
+    cdef int64_t find(self, uint64_t a, uint64_t b, int64_t epoch, int64_t now) noexcept:
         cdef entry_t *ways = self.table + (b & self.mask) * WAYS_
         cdef int i
         for i in range(WAYS_):
@@ -123,6 +112,14 @@ cdef class DecisionTable:
         load_key(key, k)
         return self.find(k[0], k[1], bounded("epoch", epoch, 0, max_epoch), load_time(now_ns))
 
+    @property
+    def used(self):
+        """Places that are taken, by answers that may have expired too. Looks at all of them."""
+        cdef Py_ssize_t i, n = 0
+        for i in range(self.entries):
+            n += self.table[i].expires != 0
+        return n
+
     def clear(self):
         """Forgets every answer."""
         memset(self.table, 0, self.entries * sizeof(entry_t))
@@ -130,9 +127,6 @@ cdef class DecisionTable:
 
 cdef class Admission:
     """A decision table and a quota table behind one call."""
-
-    cdef DecisionTable decisions
-    cdef QuotaTable quota
 
     def __init__(self, DecisionTable decisions not None, QuotaTable quota not None):
         self.decisions = decisions

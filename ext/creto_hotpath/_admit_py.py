@@ -34,16 +34,19 @@ class DecisionTable:
     cache lines. A full set drops an answer of another epoch first, then the one that expires soonest; what is dropped
     is only asked again. Keys are 16 bytes of a keyed hash over everything the answer depends on.
 
+    epoch: of the policies in force, set by whoever puts; what was concluded from answers of another one is void.
+
     An answer is a code from 1 to 65535 that means something to the caller, usually an index into a list of decisions.
     """
 
-    __slots__ = ("_entries", "_mask")
+    __slots__ = ("_entries", "_mask", "epoch")
 
     def __init__(self, entries: int = 65536) -> None:
         if not 1 <= entries <= 1 << 26:
             raise ValueError(f"entries must be between 1 and {1 << 26}, got {entries}")
         sets = 1 << (-(-entries // WAYS) - 1).bit_length()
         self._mask = sets - 1
+        self.epoch = 0
         # each: first key word, second key word, expires_ns (0: empty), epoch << 16 | code
         self._entries: list[tuple[int, int, int, int]] = [_EMPTY] * (sets * WAYS)
 
@@ -88,6 +91,11 @@ class DecisionTable:
             if expires_ns and first == a and second == b:
                 return value & MAX_CODE if value >> 16 == epoch and expires_ns > now_ns else 0
         return 0
+
+    @property
+    def used(self) -> int:
+        """Places that are taken, by answers that may have expired too. Looks at all of them."""
+        return sum(1 for entry in self._entries if entry[2])
 
     def clear(self) -> None:
         """Forgets every answer."""

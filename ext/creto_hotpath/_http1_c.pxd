@@ -1,6 +1,33 @@
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t
 
 
+# What a field means to the relay.
+cdef enum:
+    K_OTHER = 0
+    K_HOST = 1
+    K_CONNECTION = 2
+    K_KEEP_ALIVE = 3
+    K_PROXY_CONNECTION = 4
+    K_TE = 5
+    K_TRAILER = 6
+    K_TRANSFER = 7
+    K_UPGRADE = 8
+    K_PROXY_AUTHORIZATION = 9
+    K_LENGTH = 10
+    K_EXPECT = 11
+    K_VIA = 12
+    K_AGENT = 13
+    K_MAX_FORWARDS = 14
+    K_DROPPED = 15
+
+# Forms of a request target (RFC 9112 section 3.2).
+cdef enum:
+    SHAPE_ORIGIN = 0
+    SHAPE_ABSOLUTE = 1
+    SHAPE_AUTHORITY = 2
+    SHAPE_ASTERISK = 3
+
+
 # Where one field is, in bytes from the start of its message.
 cdef struct field_t:
     uint32_t name

@@ -28,7 +28,6 @@ from creto_hotpath._http1_py import (
     BadMessage,
     _changes,
     _is_ipv6,
-    _word,
     field_line,
     plain_response,
     split_authority,
@@ -68,30 +67,6 @@ cdef enum:
     C_CLOSING = 1
     C_KEEPING = 2
     C_UPGRADING = 3
-
-cdef enum:
-    K_OTHER = 0
-    K_HOST = 1
-    K_CONNECTION = 2
-    K_KEEP_ALIVE = 3
-    K_PROXY_CONNECTION = 4
-    K_TE = 5
-    K_TRAILER = 6
-    K_TRANSFER = 7
-    K_UPGRADE = 8
-    K_PROXY_AUTHORIZATION = 9
-    K_LENGTH = 10
-    K_EXPECT = 11
-    K_VIA = 12
-    K_AGENT = 13
-    K_MAX_FORWARDS = 14
-    K_DROPPED = 15
-
-cdef enum:
-    SHAPE_ORIGIN = 0
-    SHAPE_ABSOLUTE = 1
-    SHAPE_AUTHORITY = 2
-    SHAPE_ASTERISK = 3
 
 cdef enum:
     E_METHOD = 1
@@ -1236,6 +1211,19 @@ cdef inline bint is_edited(list names, const char *name, size_t size):
     return False
 
 
+cdef bytes word(object value, str what):
+    """A target or host as it may stand in a head, from ``str`` or ``bytes``."""
+    cdef bytes raw = value if type(value) is bytes else (<str?>value).encode("latin-1", "replace")
+    cdef const char *p = PyBytes_AS_STRING(raw)
+    cdef Py_ssize_t i
+    cdef uint8_t bad = PyBytes_GET_SIZE(raw) == 0
+    for i in range(PyBytes_GET_SIZE(raw)):
+        bad |= (<uint8_t>p[i] <= 32) | (<uint8_t>p[i] >= 127)
+    if bad:
+        raise ValueError(f"{what} cannot stand in a request head")
+    return raw
+
+
 cpdef bytes request_bytes(
     RequestHead head, target, host, edits, int64_t framing, bint expect, bint upgrade, bytes via, bytes data,
     Py_ssize_t start, Py_ssize_t stop):
@@ -1254,11 +1242,11 @@ cpdef bytes request_bytes(
         names = list(changes)
         extra = b"".join([value for value in changes.values() if value is not None])
     if host is not None:
-        authority = _word(host, "host")
+        authority = word(host, "host")
     elif head.authority_size == 0:
         raise ValueError("host is needed: the request has none")
     if target is not None:
-        line = _word(target, "target")
+        line = word(target, "target")
     # Each field grows by at most one blank; the rest is bounded by the fixed lines.
     room = head.size + head.count + PyBytes_GET_SIZE(extra) + PyBytes_GET_SIZE(via) + 256
     room += PyBytes_GET_SIZE(authority) if authority is not None else head.authority_size

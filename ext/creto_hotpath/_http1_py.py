@@ -930,8 +930,8 @@ def _changes(edits: Mapping[str, str | None] | None) -> dict[bytes, bytes | None
     return changes
 
 
-def _word(text: str, what: str) -> bytes:
-    raw = text.encode("latin-1", "replace")
+def _word(text: str | bytes, what: str) -> bytes:
+    raw = text if isinstance(text, bytes) else text.encode("latin-1", "replace")
     if not raw or any(not 32 < byte < 127 for byte in raw):
         raise ValueError(f"{what} cannot stand in a request head")
     return raw

@@ -84,21 +84,6 @@ def recover(path):
 cdef class Journal:
     """Appends records to segments ``<worker>-<n>.jnl``. See ``_journal_py.Journal``."""
 
-    cdef uint8_t *data
-    cdef Py_ssize_t size        # allocated
-    cdef Py_ssize_t end         # appended
-    cdef Py_ssize_t begin       # written
-    cdef Py_ssize_t max_pending
-    cdef int64_t written        # bytes of the segment that the kernel has
-    cdef int64_t segment_bytes
-    cdef int fd
-    cdef bint each
-    cdef readonly bint healthy
-    cdef readonly str path
-    cdef str directory
-    cdef str worker
-    cdef object opener
-
     def __cinit__(self):
         self.fd = -1
 
@@ -117,6 +102,7 @@ cdef class Journal:
         self.opener = opener
         self.max_pending = max_pending
         self.healthy = True
+        self.retired = []
         self.fd, self.path = files.begin_segment(self.directory, self.worker, opener)
 
     def __dealloc__(self):
@@ -144,7 +130,7 @@ cdef class Journal:
             raise ValueError("the journal is closed")
         return 0
 
-    cdef inline uint8_t *room(self, Py_ssize_t n) except NULL:
+    cdef uint8_t *room(self, Py_ssize_t n) except NULL:
         """Where the next n bytes go; they count as appended."""
         if self.end + n > self.size:
             self.grow(n)
@@ -167,7 +153,7 @@ cdef class Journal:
             self.size = wanted
         return 0
 
-    cdef inline int tag(self, uint8_t first, uint64_t value, int width) except -1:
+    cdef int tag(self, uint8_t first, uint64_t value, int width) except -1:
         """A type byte and a big-endian number."""
         cdef uint8_t *p = self.room(1 + width)
         cdef int i
@@ -176,7 +162,7 @@ cdef class Journal:
             p[1 + i] = <uint8_t>(value >> (8 * (width - 1 - i)))
         return 0
 
-    cdef inline int sized(self, Py_ssize_t n, int fix, Py_ssize_t fix_below, int w8, int w16) except -1:
+    cdef int sized(self, Py_ssize_t n, int fix, Py_ssize_t fix_below, int w8, int w16) except -1:
         """The head of a string, bytes, array or map; fix or w8 is 0 where the type has no such form."""
         if n < fix_below:
             return self.tag(<uint8_t>(fix | n), 0, 0)
@@ -186,7 +172,7 @@ cdef class Journal:
             return self.tag(<uint8_t>w16, n, 2)
         return self.tag(<uint8_t>(w16 + 1), n, 4)
 
-    cdef inline int raw(self, const char *p, Py_ssize_t n) except -1:
+    cdef int raw(self, const char *p, Py_ssize_t n) except -1:
         if n > MAX_PAYLOAD:
             raise files.frame_error(n)
         memcpy(self.room(n), p, n)
@@ -202,6 +188,9 @@ cdef class Journal:
                 overflow = -1
         if overflow < 0:
             raise OverflowError("Integer value out of range")
+        return self.integer(v)
+
+    cdef int integer(self, int64_t v) except -1:
         if v >= 0:
             if v < 0x80:
                 return self.tag(<uint8_t>v, 0, 0)
@@ -221,6 +210,11 @@ cdef class Journal:
         if v >= LOWEST_INT32:
             return self.tag(0xD2, <uint64_t>v, 4)
         return self.tag(0xD3, <uint64_t>v, 8)
+
+    cdef int text(self, const char *p, Py_ssize_t n) except -1:
+        """ASCII or UTF-8 as a msgpack string."""
+        self.sized(n, 0xA0, 32, 0xD9, 0xDA)
+        return self.raw(p, n)
 
     cdef int pack(self, object value, int depth) except -1:
         cdef const char *p
@@ -278,37 +272,50 @@ cdef class Journal:
 
     def append(self, record):
         """Adds one record; the offset at which its frame begins. See ``_journal_py.Journal.append``."""
-        cdef Py_ssize_t before, length
-        cdef int64_t offset
-        cdef uint8_t *head
-        self.check_open()
-        before = self.end - self.begin
-        offset = self.written + before
+        cdef Py_ssize_t before = self.open_frame()
+        cdef int64_t offset = self.written + before
         try:
-            self.room(HEADER_BYTES)
             if PyBytes_Check(record):
                 self.raw(PyBytes_AS_STRING(record), PyBytes_GET_SIZE(record))
             elif PyTuple_Check(record) or PyList_Check(record):
                 self.pack(record, DEEPEST)
             else:
                 raise TypeError(f"a record is bytes, a tuple or a list, not {type(record).__name__}")
-            length = self.end - self.begin - before - HEADER_BYTES
-            if not 1 <= length <= MAX_PAYLOAD:
-                raise files.frame_error(length)
-            if before + HEADER_BYTES + length > self.max_pending:
-                raise files.full_error(self.path, before)
+            self.close_frame(before)
         except BaseException:
             self.end = self.begin + before
             raise
-        head = self.data + self.begin + before
-        store32(head, <uint32_t>length)
-        # The sum covers the length and the payload; the four bytes between them are where it goes.
-        store32(head + 4, frame_crc(head, length))
         if self.each:
             self.flush()
         return offset
 
-    def flush(self):
+    cdef Py_ssize_t open_frame(self) except -1:
+        """Makes room for the head of a frame; where it begins among what is pending.
+
+        Whoever fails before ``close_frame`` sets ``end`` back to ``begin`` plus that.
+        """
+        cdef Py_ssize_t before
+        self.check_open()
+        before = self.end - self.begin
+        self.room(HEADER_BYTES)
+        return before
+
+    cdef int close_frame(self, Py_ssize_t before) except -1:
+        """Completes the frame opened at ``before`` with what was put behind its head."""
+        cdef Py_ssize_t length = self.end - self.begin - before - HEADER_BYTES
+        cdef uint8_t *head
+        if not 1 <= length <= MAX_PAYLOAD:
+            raise files.frame_error(length)
+        if before + HEADER_BYTES + length > self.max_pending:
+            raise files.full_error(self.path, before)
+        head = self.data + self.begin + before
+        store32(head, <uint32_t>length)
+        # The sum covers the length and the payload; the four bytes between them are where it goes.
+        store32(head + 4, frame_crc(head, length))
+        self.records += 1
+        return 0
+
+    cpdef flush(self):
         """Hands everything appended to the kernel. See ``_journal_py.Journal.flush``."""
         cdef ssize_t n
         cdef int code
@@ -329,51 +336,81 @@ cdef class Journal:
         self.begin = self.end = 0
         if wrote:
             self.healthy = True
-        if self.written >= self.segment_bytes:
+            self.unsynced = True
+        if self.written >= self.segment_bytes and not self.turning:
             self.rotate()
 
     cdef int rotate(self) except -1:
+        """Begins the next segment without waiting for a disk, if ``sync`` has made one ready."""
+        cdef int old = self.fd
+        # Opening a file lets other threads in, which go on in this segment meanwhile.
+        self.turning = True
         try:
-            os.fdatasync(self.fd)
             self.next_segment()
         except OSError:
             self.healthy = False
             raise
+        finally:
+            self.turning = False
+        self.retired.append(old)
         return 0
 
     cdef int next_segment(self) except -1:
-        cdef int old = self.fd
-        fd, path = files.begin_segment(self.directory, self.worker, self.opener)
+        fd, path = self.spare or files.begin_segment(self.directory, self.worker, self.opener)
+        self.spare = None
         self.fd = fd
         self.path = path
         self.written = 0
-        os.close(old)
         return 0
 
     def sync(self):
         """Flushes, then waits until the disk has it. See ``_journal_py.Journal.sync``."""
-        cdef int fd, answer, code = 0
+        cdef int fd, code = 0
         self.flush()
+        self.unsynced = False
+        path = self.path
         # A duplicate, because another thread may begin the next segment while this one waits without the GIL.
-        fd = os.dup(self.fd)
-        with nogil:
-            answer = fdatasync(fd)
-            if answer != 0:
-                code = errno
-        os.close(fd)
+        fds = [*self.retired, os.dup(self.fd)]
+        self.retired.clear()
+        for each in fds:
+            fd = each
+            with nogil:
+                if fdatasync(fd) != 0:
+                    code = errno
+            os.close(fd)
         if code:
-            path = self.path
             self.abandon()
             raise OSError(code, strerror(code).decode(), path)
+        self.prepare()
+
+    cdef int prepare(self) except -1:
+        """Makes the next segment while nobody waits for it."""
+        if self.spare is not None or 2 * self.written < self.segment_bytes:
+            return 0
+        try:
+            made = files.begin_segment(self.directory, self.worker, self.opener)
+        except OSError:
+            return 0  # said when it is needed
+        # Opening let other threads in.
+        if self.fd >= 0 and self.spare is None and 2 * self.written >= self.segment_bytes:
+            self.spare = made
+        else:
+            files.drop_segment(*made)
+        return 0
 
     cdef int abandon(self) except -1:
+        cdef int old = self.fd
         self.healthy = False
-        if self.fd < 0 or self.begin < self.end:
+        if old < 0 or self.begin < self.end or self.turning:
             return 0
+        self.turning = True
         try:
             self.next_segment()
         except OSError:
-            pass  # still unhealthy; the failed sync is what the caller hears of
+            return 0  # still unhealthy; the failed sync is what the caller hears of
+        finally:
+            self.turning = False
+        os.close(old)
         return 0
 
     def close(self):
@@ -383,9 +420,13 @@ cdef class Journal:
         try:
             self.flush()
         finally:
-            fd = self.fd
+            for fd in (*self.retired, self.fd):
+                os.close(fd)
+            self.retired.clear()
             self.fd = -1
-            os.close(fd)
+            if self.spare is not None:
+                files.drop_segment(*self.spare)
+                self.spare = None
 
     def __enter__(self):
         return self

@@ -109,6 +109,12 @@ def begin_segment(directory: str, worker: str, opener: Opener | None) -> tuple[i
     return fd, path
 
 
+def drop_segment(fd: int, path: str) -> None:
+    """Closes and removes a segment that nothing was written to."""
+    os.close(fd)
+    Path(path).unlink(missing_ok=True)
+
+
 def frame_error(length: int) -> ValueError:
     return ValueError(f"a record must be 1 to {MAX_PAYLOAD} bytes, got {length}")
 
@@ -175,6 +181,8 @@ def _judge(name: str, fd: int, offset: int, crc32c: Crc) -> None:
         data += chunk
     if not data.strip(b"\0"):
         return
+    if _frame(data, 0, crc32c) is not None:
+        return  # it was still being written a moment ago
     budget = 8 * len(data) + _WINDOW
     others = []
     for at in range(1, len(data) - HEADER_BYTES):

@@ -88,6 +88,10 @@ class Journal:
         self._packer = msgpack.Packer(use_bin_type=True)
         self._written = 0
         self._healthy = True
+        self._unsynced = False
+        self._records = 0
+        self._retired: list[int] = []  # full segments that no sync has seen
+        self._spare: tuple[int, str] | None = None
         self._fd, self._path = files.begin_segment(self._directory, self._worker, opener)
 
     @property
@@ -104,6 +108,16 @@ class Journal:
     def healthy(self) -> bool:
         """False from a failed write until one succeeds."""
         return self._healthy
+
+    @property
+    def records(self) -> int:
+        """How many records were appended since it was opened."""
+        return self._records
+
+    @property
+    def unsynced(self) -> bool:
+        """Whether the kernel has bytes that no ``sync`` has seen."""
+        return self._unsynced
 
     @property
     def pending(self) -> int:
@@ -142,6 +156,7 @@ class Journal:
             offset = self.offset
             length = len(payload).to_bytes(4, "little")
             self._buffer += length + crc32c(length + payload).to_bytes(4, "little") + payload
+            self._records += 1
             if self._each:
                 self.flush()
             return offset
@@ -161,17 +176,23 @@ class Journal:
                 self._written += n
                 wrote = True
             self._healthy = self._healthy or wrote
+            self._unsynced = self._unsynced or wrote
             if self._written >= self._segment_bytes:
                 self._rotate()
 
     def _rotate(self) -> None:
+        """Begins the next segment without waiting for a disk, if ``sync`` has made one ready."""
+        old = self._fd
         try:
-            os.fdatasync(self._fd)
-            fd, path = files.begin_segment(self._directory, self._worker, self._opener)
+            self._next_segment()
         except OSError:
             self._healthy = False
             raise
-        os.close(self._fd)
+        self._retired.append(old)
+
+    def _next_segment(self) -> None:
+        fd, path = self._spare or files.begin_segment(self._directory, self._worker, self._opener)
+        self._spare = None
         self._fd, self._path, self._written = fd, path, 0
 
     def sync(self) -> None:
@@ -181,26 +202,47 @@ class Journal:
         """
         with self._lock:
             self.flush()
-            fd, path = os.dup(self._open()), self._path
+            self._unsynced = False
+            path = self._path
+            fds = [*self._retired, os.dup(self._open())]
+            self._retired.clear()
         try:
-            os.fdatasync(fd)
+            for fd in fds:
+                os.fdatasync(fd)
         except OSError as error:
             with self._lock:
                 self._abandon()
             raise OSError(error.errno, error.strerror, path) from error
         finally:
-            os.close(fd)
+            for fd in fds:
+                os.close(fd)
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Makes the next segment while nobody waits for it."""
+        if self._spare is not None or 2 * self._written < self._segment_bytes:
+            return
+        made: tuple[int, str] | None
+        try:
+            made = files.begin_segment(self._directory, self._worker, self._opener)
+        except OSError:
+            return  # said when it is needed
+        with self._lock:
+            if self._fd >= 0 and self._spare is None and 2 * self._written >= self._segment_bytes:
+                self._spare, made = made, None
+        if made is not None:
+            files.drop_segment(*made)
 
     def _abandon(self) -> None:
         self._healthy = False
         if self._fd < 0 or self._buffer:
             return
+        old = self._fd
         try:
-            fd, path = files.begin_segment(self._directory, self._worker, self._opener)
+            self._next_segment()
         except OSError:
             return  # still unhealthy; the failed sync is what the caller hears of
-        os.close(self._fd)
-        self._fd, self._path, self._written = fd, path, 0
+        os.close(old)
 
     def close(self) -> None:
         """Flushes and closes. Raises OSError when the flush failed; the journal is closed all the same."""
@@ -210,8 +252,13 @@ class Journal:
             try:
                 self.flush()
             finally:
-                os.close(self._fd)
+                for fd in (*self._retired, self._fd):
+                    os.close(fd)
+                self._retired.clear()
                 self._fd = -1
+                if self._spare is not None:
+                    files.drop_segment(*self._spare)
+                    self._spare = None
 
     def __enter__(self) -> Journal:
         return self

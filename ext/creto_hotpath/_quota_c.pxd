@@ -42,6 +42,7 @@ cdef class QuotaTable:
     cdef int64_t records_at
     cdef int64_t records
     cdef int64_t size
+    cdef bint quiet             # refusals are not counted
     cdef int64_t me             # seat + 1, 0 until this process has one
     cdef int fd
     cdef object __weakref__
@@ -58,6 +59,8 @@ cdef class QuotaTable:
     cdef void settle_all(self, int64_t base, const int64_t *actual, int64_t now) noexcept nogil
     cdef int64_t hold_locked(self, QuotaPath path, const int64_t *amounts, Py_ssize_t count, int64_t now, int64_t ttl) noexcept nogil
     cdef int64_t hold(self, QuotaPath path, const int64_t *amounts, Py_ssize_t count, int64_t now, int64_t ttl) except? -1
+    cdef int64_t hold_quietly(self, QuotaPath path, const int64_t *amounts, Py_ssize_t count, int64_t now, int64_t ttl) except? -1
+    cdef bint settle_hold(self, int64_t rid, const int64_t *actual, Py_ssize_t count, int64_t now) except -1
     cdef object read(self, key)
 
 cdef int load_amounts(object amounts, int64_t low, int64_t *out) except -1

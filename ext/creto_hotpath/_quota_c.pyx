@@ -568,7 +568,8 @@ cdef class QuotaTable:
                 return 0
             amount = amounts[f.meter]
             if amount and not fits(w + f.at, kind, amount, now):
-                w[f.at + S_DENIED] += 1
+                if not self.quiet:
+                    w[f.at + S_DENIED] += 1
                 return -(1 + f.index)
         record = self.take_record(now)
         if record < 0:
@@ -615,13 +616,25 @@ cdef class QuotaTable:
             too_many(path)
         return answer
 
-    def reserve(self, QuotaPath path, amounts, now_ns, ttl_ns):
+    cdef int64_t hold_quietly(
+        self, QuotaPath path, const int64_t *amounts, Py_ssize_t count, int64_t now, int64_t ttl
+    ) except? -1:
+        """``hold`` by a caller that asks again: a refusal is not counted yet."""
+        self.quiet = True
+        try:
+            return self.hold(path, amounts, count, now, ttl)
+        finally:
+            self.quiet = False
+
+    def reserve(self, QuotaPath path, amounts, now_ns, ttl_ns, counted=True):
         """Holds ``amounts[meter]`` on every quota of the path, or nothing. See ``_quota_py.QuotaTable.reserve``."""
         cdef int64_t[MAX_METERS] c_amounts
         cdef int count
         own(self, path)
         count = load_amounts(amounts, 0, c_amounts)
-        return self.hold(path, c_amounts, count, load_time(now_ns), load_ttl(ttl_ns))
+        if counted:
+            return self.hold(path, c_amounts, count, load_time(now_ns), load_ttl(ttl_ns))
+        return self.hold_quietly(path, c_amounts, count, load_time(now_ns), load_ttl(ttl_ns))
 
     cdef int64_t live(self, int64_t rid) noexcept nogil:
         cdef int64_t index = rid & ((1 << INDEX_BITS) - 1)
@@ -634,9 +647,11 @@ cdef class QuotaTable:
     def commit(self, int64_t rid, actual, now_ns):
         """Ends a hold and charges what was really used. See ``_quota_py.QuotaTable.commit``."""
         cdef int64_t[MAX_METERS] c_actual
-        cdef int64_t base, now, meters
         cdef int count = load_amounts(actual, 0, c_actual)
-        now = load_time(now_ns)
+        return bool(self.settle_hold(rid, c_actual, count, load_time(now_ns)))
+
+    cdef bint settle_hold(self, int64_t rid, const int64_t *actual, Py_ssize_t count, int64_t now) except -1:
+        cdef int64_t base, meters
         if rid == NO_HOLD:
             return True
         self.enter()
@@ -650,7 +665,7 @@ cdef class QuotaTable:
             raise ValueError(f"{meters} meters were reserved, {count} committed")
         if now > self.w[H_LAST_NOW]:
             self.w[H_LAST_NOW] = now
-        self.settle_all(base, c_actual, now)
+        self.settle_all(base, actual, now)
         self.leave()
         return True
 

@@ -356,13 +356,16 @@ class QuotaTable(q.Forkable):
         if now_ns > self._words[q.H_LAST_NOW]:
             self._words[q.H_LAST_NOW] = now_ns
 
-    def reserve(self, path: QuotaPath, amounts: tuple[int, ...], now_ns: int, ttl_ns: int) -> int:
+    def reserve(
+        self, path: QuotaPath, amounts: tuple[int, ...], now_ns: int, ttl_ns: int, counted: bool = True
+    ) -> int:
         """Holds ``amounts[meter]`` on every quota of the path, or nothing on any.
 
         Returns a reservation id > 0 (``NO_HOLD`` when the path has no quota); -(1 + index) of the first refusing
         pair, counted in the keys the path was made of; or 0 when a calendar window has ended: ``roll`` what
         ``expired`` names and ask again. An amount of 0 is never refused. An amount that does not fit leaves the rest
         to others. The hold ends at ``now_ns + ttl_ns`` if it is neither committed nor released (``sweep``).
+        counted: False when the caller asks again after a refusal, which then must not count twice in ``denied``.
 
         Raises ValueError for amounts or times out of bounds, QuotaFull when no reservation is free even after a sweep.
         """
@@ -383,7 +386,7 @@ class QuotaTable(q.Forkable):
                 if kind == CALENDAR and now_ns >= self._words[at + q.S_PERIOD]:
                     return 0
                 if amounts[meter] and not self._fits(at, kind, amounts[meter], now_ns):
-                    self._words[at + q.S_DENIED] += 1
+                    self._words[at + q.S_DENIED] += counted
                     return -(1 + index)
             record = self._take_record(now_ns)
             self._seen(now_ns)

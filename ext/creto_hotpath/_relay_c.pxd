@@ -33,14 +33,25 @@ cdef class Wheel:
     cdef drop(self, Timed item)
 
 
+cdef class Stack:
+    cdef readonly Pool pool
+    cdef readonly object key
+    cdef readonly list idle
+    cdef object __weakref__
+
+    cpdef Upstream acquire(self)
+    cpdef close(self)
+    cdef Upstream _take(self, Upstream upstream)
+
+
 cdef class Pool:
     cdef int64_t idle_ticks
     cdef readonly int per_key
     cdef readonly bint closed
-    cdef dict stacks
+    cdef object stacks
 
+    cpdef Stack stack(self, key)
     cpdef Upstream acquire(self, key)
-    cdef Upstream _take(self, Upstream upstream)
     cdef bint _keep(self, Upstream upstream) except -1
     cdef _forget(self, Upstream upstream)
 
@@ -48,6 +59,7 @@ cdef class Pool:
 cdef class Upstream(Timed):
     cdef readonly Pool pool
     cdef readonly object key
+    cdef readonly Stack stack
     cdef readonly object transport
     cdef object _send
     cdef readonly Exchange exchange
@@ -56,6 +68,7 @@ cdef class Upstream(Timed):
     cdef readonly int uses
     cdef bint keep
     cdef bint heard
+    cdef public bint unprocessed
     cdef bint paused
     cdef readonly bint closed
 
@@ -69,6 +82,12 @@ cdef class Upstream(Timed):
     cdef _surrender(self)
 
 
+cdef class Lane:
+    cpdef bint take(self, Exchange exchange) except -1
+    cpdef done(self, Exchange exchange)
+    cpdef bint stale(self, Exchange exchange) except -1
+
+
 cdef class Exchange:
     cdef readonly Downstream downstream
     cdef readonly http1.RequestHead head
@@ -76,6 +95,8 @@ cdef class Exchange:
     cdef public object on_response
     cdef public bint allow_upgrade
     cdef public object context
+    cdef public Lane lane
+    cdef public int64_t hold
     cdef readonly bytes body
     cdef readonly int status
     cdef readonly int64_t bytes_up
@@ -105,7 +126,7 @@ cdef class Exchange:
     cdef _collected(self, bytes piece)
     cdef _deliver(self, body)
     cdef _forward(self, Upstream upstream, target, host, edits, bytes body, tap)
-    cdef _retry(self, bint sent)
+    cdef _retry(self, bint unprocessed)
     cdef _relay_interim(self, http1.ResponseHead head)
     cdef _response(self, Upstream upstream, http1.ResponseHead head, bytes data)
     cdef _shape_body(self, http1.ResponseHead head)
@@ -125,6 +146,7 @@ cdef class Exchange:
 
 cdef class Downstream(Timed):
     cdef readonly object handler
+    cdef readonly Lane lane
     cdef readonly str scheme
     cdef readonly object limits
     cdef bytes via

@@ -220,73 +220,92 @@ def reset(transport: Any) -> None:
     transport.abort()
 
 
+class Stack:
+    """Idle connections of one key, the last one used on top. Lives as long as somebody may want or return one."""
+
+    def __init__(self, pool: Pool, key: Hashable) -> None:
+        self.pool = pool
+        self.key = key
+        self.idle: list[Upstream] = []
+
+    def acquire(self) -> Upstream | None:
+        """An open connection, or None."""
+        if not self.idle:
+            return None
+        return self._take(self.idle.pop())
+
+    def _take(self, upstream: Upstream) -> Upstream:
+        upstream.deadline = 0
+        return upstream
+
+    def close(self) -> None:
+        """Closes what is idle."""
+        idle = self.idle
+        self.idle = []
+        for upstream in idle:
+            upstream.expire()
+
+
 class Pool:
     """Idle upstream connections, the last one used first, so that the others can age out.
 
-    per_key: how many stay open for one key; idle_s: how long. Memory: one list per key with idle connections.
+    per_key: how many stay open for one key; idle_s: how long. Memory: one list per key with connections.
     """
 
     def __init__(self, *, idle_s: float = 30.0, per_key: int = 64) -> None:
         self.idle_ticks = _ticks(idle_s)
         self.per_key = per_key
         self.closed = False
-        self.stacks: dict[Hashable, list[Upstream]] = {}
+        self.stacks: weakref.WeakValueDictionary[Hashable, Stack] = weakref.WeakValueDictionary()
+
+    def stack(self, key: Hashable) -> Stack:
+        """The idle connections that were made for ``key``; to be kept by whoever asks for them often."""
+        stack = self.stacks.get(key)
+        if stack is None:
+            stack = self.stacks[key] = Stack(self, key)
+        return stack
 
     def acquire(self, key: Hashable) -> Upstream | None:
         """An open connection that was made for ``key``, or None."""
         stack = self.stacks.get(key)
-        if not stack:
-            return None
-        return self._take(stack.pop())
-
-    def _take(self, upstream: Upstream) -> Upstream:
-        upstream.deadline = 0
-        return upstream
+        return None if stack is None else stack.acquire()
 
     def _keep(self, upstream: Upstream) -> bool:
-        if self.closed:
+        stack = upstream.stack
+        if self.closed or len(stack.idle) >= self.per_key:
             return False
-        stack = self.stacks.get(upstream.key)
-        if stack is None:
-            stack = self.stacks[upstream.key] = []
-        if len(stack) >= self.per_key:
-            return False
-        stack.append(upstream)
+        stack.idle.append(upstream)
         upstream._arm(self.idle_ticks)
         return True
 
     def _forget(self, upstream: Upstream) -> None:
-        stack = self.stacks.get(upstream.key)
-        if stack is None:
-            return
-        if upstream in stack:
-            stack.remove(upstream)
-        if not stack:
-            del self.stacks[upstream.key]
+        idle = upstream.stack.idle
+        if upstream in idle:
+            idle.remove(upstream)
 
     def __len__(self) -> int:
-        return sum(len(stack) for stack in self.stacks.values())
+        return sum(len(stack.idle) for stack in list(self.stacks.values()))
 
     def close(self) -> None:
         """Closes what is idle; connections in use close when they come back."""
         self.closed = True
-        idle = [upstream for stack in self.stacks.values() for upstream in stack]
-        self.stacks.clear()
-        for upstream in idle:
-            upstream.expire()
+        for stack in list(self.stacks.values()):
+            stack.close()
 
 
 class Upstream(Timed):
     """One connection to an upstream: an ``asyncio`` protocol, made by whoever dials.
 
     key: connections with equal keys are interchangeable. It serves one exchange at a time and goes back to the pool
-    only after a response whose end is certain, with nothing behind it.
+    only after a response whose end is certain, with nothing behind it. unprocessed: set before ``connection_lost`` by
+    a transport whose peer says that it did nothing with the request (RFC 9113 section 8.7).
     """
 
     def __init__(self, pool: Pool, key: Hashable) -> None:
         super().__init__()
         self.pool = pool
         self.key = key
+        self.stack: Stack = pool.stack(key)
         self.transport: Any = None
         self._send: Any = None
         self.exchange: Exchange | None = None
@@ -296,6 +315,7 @@ class Upstream(Timed):
         self.paused = False
         self.keep = False
         self.heard = False
+        self.unprocessed = False
         self.closed = True
 
     def connection_made(self, transport: Any) -> None:
@@ -368,7 +388,7 @@ class Upstream(Timed):
         if heard:
             exchange._fail(502, "upstream_closed")
         else:
-            exchange._retry(self.uses > 1)
+            exchange._retry(self.unprocessed)
 
     def pause_writing(self) -> None:
         exchange = self.exchange
@@ -427,6 +447,24 @@ class Upstream(Timed):
         return self.transport
 
 
+class Lane:
+    """Takes requests that the handler need not be asked about, because what it said of others like them still stands.
+
+    ``take`` forwards the exchange, sets ``Exchange.lane`` to itself and returns True, or leaves everything as it is
+    and returns False. What it took ends in ``done``, instead of ``Handler.on_end``. ``stale`` undoes ``take`` when the
+    connection was closed before it answered, so that the handler is asked after all, or returns False when it may not.
+    """
+
+    def take(self, exchange: Exchange) -> bool:
+        return False
+
+    def done(self, exchange: Exchange) -> None:
+        pass
+
+    def stale(self, exchange: Exchange) -> bool:
+        return False
+
+
 class Exchange:
     """One request and its answer. The verbs may be called at once or later, each only while the exchange is open.
 
@@ -436,7 +474,7 @@ class Exchange:
     Facts, final in ``Handler.on_end``: status (0: none sent), bytes_up and bytes_down (sent to the upstream and to the
     agent, heads included), received_ns, forwarded_ns, first_byte_ns, ended_ns (monotonic; 0: never), completed,
     error (snake_case, "" when none), gone (the agent left). ``on_response`` and ``allow_upgrade`` are set before
-    ``forward``; ``context`` is the handler's own.
+    ``forward``; ``context`` and ``hold`` belong to the handler, or to the ``lane`` that took the exchange.
     """
 
     def __init__(self, downstream: Downstream, head: http1.RequestHead) -> None:
@@ -446,6 +484,8 @@ class Exchange:
         self.on_response: Callable[[Exchange, http1.ResponseHead], Tap | None] | None = None
         self.allow_upgrade = False
         self.context: Any = None
+        self.lane: Lane | None = None
+        self.hold = 0
         self.body: bytes | None = None
         self.status = 0
         self.bytes_up = 0
@@ -476,6 +516,16 @@ class Exchange:
     def over(self) -> bool:
         """Whether ``on_end`` has been called."""
         return self._over
+
+    @property
+    def receiving(self) -> bool:
+        """Whether more of the request's body is wanted and has not come."""
+        return self.downstream.exchange is self and self.downstream.intake in (_COLLECTING, _STREAMING)
+
+    @property
+    def collected(self) -> int:
+        """Bytes of the body that ``collect`` has so far."""
+        return self._size
 
     @property
     def idempotent(self) -> bool:
@@ -648,14 +698,19 @@ class Exchange:
             upstream._pause(True)
         downstream._sent_up()
 
-    def _retry(self, sent: bool) -> None:
-        """The connection was closed before it answered. sent: a pooled one, which had our bytes."""
+    def _retry(self, unprocessed: bool) -> None:
+        """The connection was closed before it answered. unprocessed: it said that it has done nothing with our bytes.
+        """
         downstream = self.downstream
         fresh = self.forwarded_ns == 0
         in_hand = downstream.intake == _COMPLETE and (self.head.body == _NO_BODY or self.body is not None)
-        on_stale = getattr(downstream.handler, "on_stale", None)
-        replayable = fresh or (sent and in_hand and self.idempotent)
-        if self._retried or on_stale is None or not replayable:
+        lane = self.lane
+        again = getattr(downstream.handler, "on_stale" if lane is None else "on_request", None)
+        replayable = fresh or (in_hand and (unprocessed or self.idempotent))
+        if self._retried or again is None or not replayable:
+            self._fail(502, "upstream_closed")
+            return
+        if lane is not None and not lane.stale(self):
             self._fail(502, "upstream_closed")
             return
         self._retried = True
@@ -664,7 +719,7 @@ class Exchange:
         downstream.stalled = False
         downstream._flow()
         try:
-            on_stale(self)
+            again(self)
         except Exception as error:
             downstream._handler_failed(self, error)
 
@@ -883,11 +938,11 @@ class Exchange:
         downstream._write(data)
         downstream._shut(True)
 
-    def abort(self) -> None:
-        """Cuts both sides off."""
+    def abort(self, reason: str = "aborted") -> None:
+        """Cuts both sides off. reason: what ``error`` says then, unless it says something already."""
         if self._over:
             return
-        self.error = self.error or "aborted"
+        self.error = self.error or reason
         self._drop_upstream()
         self._end()
         self.downstream._cut_off(True)
@@ -913,8 +968,12 @@ class Exchange:
         downstream = self.downstream
         downstream.exchange = None
         self.on_response = None
+        lane = self.lane
         try:
-            downstream.handler.on_end(self)
+            if lane is not None:
+                lane.done(self)
+            else:
+                downstream.handler.on_end(self)
         except Exception as error:
             _report(downstream.loop, "on_end failed", error)
 
@@ -1004,13 +1063,16 @@ class Downstream(Timed):
     """One connection of an agent: an ``asyncio`` protocol that gives each request to its handler.
 
     Requests are answered in the order they came, one at a time; those sent ahead wait in ``pending``. scheme: what
-    the agent speaks on this connection, "http" or "https".
+    the agent speaks on this connection, "http" or "https". lane: is offered each request before the handler.
     """
 
-    def __init__(self, handler: Handler, *, limits: Limits | None = None, scheme: str = "http") -> None:
+    def __init__(
+        self, handler: Handler, *, limits: Limits | None = None, scheme: str = "http", lane: Lane | None = None
+    ) -> None:
         super().__init__()
         limits = limits or Limits()
         self.handler = handler
+        self.lane = lane
         self.scheme = scheme
         self.limits = limits
         self.via = limits.via.lower().encode("ascii")
@@ -1155,13 +1217,13 @@ class Downstream(Timed):
 
     def _partial(self, data: bytes, start: int) -> None:
         rest = data[start:] if start else data
-        if rest == b"\r\n":
-            # What some old clients send after a body; not the beginning of a head.
-            self.pending = None
-            self._idle()
-            return
         self.pending = rest
         self.pos = 0
+        if rest == b"\r\n":
+            # What some old clients send after a body: kept, as it is allowed once, but not the beginning of a head.
+            if self.heading or self.deadline == 0:
+                self._idle()
+            return
         if not self.heading:
             self.heading = True
             self._arm(self.head_ticks)
@@ -1194,8 +1256,10 @@ class Downstream(Timed):
             return
         exchange = Exchange(self, head)
         self.exchange = exchange
+        lane = self.lane
         try:
-            self.handler.on_request(exchange)
+            if lane is None or not lane.take(exchange):
+                self.handler.on_request(exchange)
         except Exception as error:
             self._handler_failed(exchange, error)
 
@@ -1304,7 +1368,6 @@ class Downstream(Timed):
             self._shut(True)
         else:
             self.pending = None
-            self._arm(self.body_ticks)
 
     def _settle_keep(self) -> None:
         """Decides, before a head is written, whether the connection can go on after this answer."""
@@ -1338,12 +1401,12 @@ class Downstream(Timed):
         if not self.keep:
             self._shut(self.intake != _COMPLETE)
         elif self.intake != _COMPLETE:
+            # For all of the rest, however it comes: nobody waits for it.
             self.intake = _DISCARDING
+            self._arm(self.body_ticks)
             data = self.pending
             if data is not None:
                 self._throw_away(data, self.pos)
-            else:
-                self._arm(self.body_ticks)
         else:
             self._next()
 
@@ -1408,7 +1471,8 @@ class Downstream(Timed):
         """Lets the request in progress finish, then closes."""
         self.draining = True
         self.keep = False
-        if self.exchange is None and self.pending is None and self.intake == _COMPLETE:
+        between = self.pending is None or self.pending == b"\r\n"
+        if self.exchange is None and between and self.intake == _COMPLETE:
             self._shut(False)
 
     def expire(self) -> None:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import asyncio
 
     from creto_hotpath import _relay_py
-    from creto_hotpath._relay_py import Exchange, Pool, Tunnel, Wheel, reset, wheel_of
+    from creto_hotpath._relay_py import Exchange, Lane, Pool, Stack, Tunnel, Wheel, reset, wheel_of
 
     # asyncio asks for its own base classes; the relay answers to their methods without inheriting from them.
     class Downstream(_relay_py.Downstream, asyncio.Protocol): ...
@@ -27,7 +27,9 @@ else:
     _relay = select("relay")
     Downstream = _relay.Downstream
     Exchange = _relay.Exchange
+    Lane = _relay.Lane
     Pool = _relay.Pool
+    Stack = _relay.Stack
     Tunnel = _relay.Tunnel
     Upstream = _relay.Upstream
     Wheel = _relay.Wheel
@@ -38,8 +40,10 @@ __all__ = [
     "Downstream",
     "Exchange",
     "Handler",
+    "Lane",
     "Limits",
     "Pool",
+    "Stack",
     "Tap",
     "Tunnel",
     "Upstream",

@@ -77,6 +77,16 @@ def test_keys_that_differ_in_one_bit_are_different_decisions(form: Form) -> None
         assert decisions.get(other, 1, NOW) == 0
 
 
+def test_a_table_says_how_full_it_is(form: Form) -> None:
+    table = form("admit").DecisionTable(64)
+    assert table.used == 0
+    for n in range(5):
+        table.put(bytes([n]) * 16, 1, 1, NOW + 1)
+    assert table.used == 5
+    table.clear()
+    assert table.used == 0
+
+
 def test_clearing_forgets_everything(form: Form) -> None:
     decisions = form("admit").DecisionTable(64)
     decisions.put(key("a"), 1, 7, LATER)

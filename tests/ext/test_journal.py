@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -350,6 +351,30 @@ def test_after_a_failed_sync_the_journal_goes_on_in_a_new_segment(form: Form, tm
     assert payloads(form, journal.path) == [msgpack.packb(RECORD)]
 
 
+def test_the_next_segment_is_ready_before_it_is_needed(form: Form, tmp_path: Path) -> None:
+    """So that whoever appends never waits for the disk; what was not needed is not left behind."""
+    began: list[str] = []
+
+    def opener(path: str, flags: int) -> int:
+        began.append(path)
+        return os.open(path, flags, 0o600)
+
+    with form("journal").Journal(tmp_path, "w", flush="record", opener=opener, segment_bytes=1000) as journal:
+        for n in range(100):
+            journal.append([n, "x" * 100])
+            journal.sync()
+            if n == 0:
+                assert len(began) == 1
+            if n == 4:
+                assert len(began) == 2 and journal.path == began[0], "made ready half way"
+            if n == 8:
+                assert len(began) == 2 and journal.path == began[1], "begun without opening anything"
+    left = segments(tmp_path, "w")
+    assert [str(path) for path in left] == began[: len(left)] and all(path.stat().st_size for path in left)
+    records = [msgpack.unpackb(payload) for path in left for payload in payloads(form, path)]
+    assert [record[0] for record in records] == list(range(100))
+
+
 def test_no_segment_is_begun_where_none_can_be(form: Form, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         form("journal").Journal(tmp_path / "absent", "w")
@@ -486,3 +511,49 @@ def test_a_killed_writer_loses_nothing_it_flushed(form: Form, tmp_path: Path) ->
     assert read == [[n, "x" * (n % 200)] for n in range(len(read))]
     assert len(read) > said[-1]
     assert len(segments(tmp_path)) > 2
+
+
+def test_threads_that_append_and_sync_while_segments_turn_lose_nothing(form: Form, tmp_path: Path) -> None:
+    with form("journal").Journal(tmp_path, "w", flush="record", segment_bytes=2000) as journal:
+        done = threading.Event()
+        failures: list[BaseException] = []
+
+        def keep_syncing() -> None:
+            while not done.is_set():
+                try:
+                    journal.sync()
+                except OSError as error:
+                    failures.append(error)
+
+        threads = [threading.Thread(target=keep_syncing) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for n in range(1500):
+            journal.append([n, "x" * 40])
+        done.set()
+        for thread in threads:
+            thread.join()
+    assert failures == []
+    records = [msgpack.unpackb(payload) for path in segments(tmp_path, "w") for payload in payloads(form, path)]
+    assert [record[0] for record in records] == list(range(1500))
+
+
+def test_a_reader_follows_a_journal_that_is_being_written(form: Form, tmp_path: Path) -> None:
+    """What was half written when it was looked at first is not damage when it is whole at the second look."""
+    with form("journal").Journal(tmp_path, "w", flush="record") as journal:
+        wrote = threading.Event()
+
+        def write() -> None:
+            for n in range(3000):
+                journal.append([n, "x" * 300])
+            wrote.set()
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        found, at = 0, 0
+        while not wrote.is_set() or at < journal.offset:
+            frames = list(form("journal").read_frames(journal.path, at))
+            found += len(frames)
+            at = frames[-1][1] if frames else at
+        writer.join()
+        assert found == 3000
