@@ -68,17 +68,19 @@ def embedded(
     trust_domain: str = "local",
     user: str | None = None,
     clock: Callable[[], float] = time.time,
+    audit: Audit | None = None,
 ) -> Platform:
     """Every port on the local machine, its state below ``state_dir`` (made private, 0700).
 
-    user: the local human, by default whoever runs the process. clock: unix seconds. Raises PlatformError's kinds
+    user: the local human, by default whoever runs the process. clock: unix seconds. audit: instead of the log on disk,
+    for a process that has no business with it. Raises PlatformError's kinds
     naming what cannot be used: a key file others may read, an audit log that is not the one that was signed, ...
     """
     state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     crypto = EmbeddedCrypto()
     nhi = EmbeddedNhi(state_dir / "nhi", crypto, trust_domain=trust_domain, clock=clock, user=user)
     try:
-        audit = EmbeddedAudit(*audit_directories(state_dir), crypto, organisation=trust_domain)
+        audit = audit or EmbeddedAudit(*audit_directories(state_dir), crypto, organisation=trust_domain)
     except BaseException:
         nhi.close()
         raise

@@ -7,19 +7,22 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-from creto_platform.authz import Authz, Query
+from creto_platform.authz import Authz, Query, Watch
 from creto_proxy.bodies import AmbiguousBody, json_pointer
 from creto_proxy.egress import literal
 from creto_proxy.errors import Refused
-from creto_proxy.model import Decision, Request, Verdict
+from creto_proxy.model import Decision, Lease, Request, Verdict
 from creto_proxy.paths import readings
+from creto_proxy.protocols import Call, Inspector, Providers, resource_of
+from creto_proxy.protocols.detect import METHOD_OVERRIDES, READS, essence
+from creto_proxy.protocols.jsonrpc import BATCH
 from creto_proxy.settings import Extract
 
-# Header fields by which common frameworks take another method, or another path, than the request line says.
-METHOD_OVERRIDES = ("x-http-method", "x-http-method-override", "x-method-override")
+# Header fields by which common frameworks take another path than the request line says.
 PATH_OVERRIDES = ("x-original-url", "x-rewrite-url")
+# What an answer may depend on that is the same for every request of one shape.
+_SHAPE = frozenset({"method", "scheme", "way", "port", "depth", "root", "ip", "fingerprint", "path"})
 NO_PERMIT = "policy_no_permit"
-READS = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})
 _VERDICTS = {"allow": Verdict.ALLOW, "oversight": Verdict.ESCALATE, "deny": Verdict.DENY}
 
 
@@ -33,34 +36,45 @@ def action_of(method: str, *, upgrades: bool = False) -> str:
 
 def applies(rule: Extract, request: Request) -> bool:
     """True when an extract rule is for this request; ``*.x`` stands for any name below x."""
-    host = rule.host
-    if host != "*" and host != request.host and not (host.startswith("*.") and request.host.endswith(host[1:])):
+    if not _may_apply(rule, request.host):
         return False
     return any(fnmatchcase(path, rule.path) for path in readings(request.path))
 
 
-def speaks_mcp(request: Request) -> bool:
-    """True for Model Context Protocol over HTTP, whose clients understand refusals only as JSON-RPC errors."""
-    if request.method != "POST":
-        return False
-    if request.headers.get("mcp-protocol-version") or request.headers.get("mcp-method"):
-        return True
-    accept = request.headers.get("accept") or ""
-    return "application/json" in accept and "text/event-stream" in accept
+def _may_apply(rule: Extract, host: str) -> bool:
+    return rule.host in ("*", host) or (rule.host.startswith("*.") and host.endswith(rule.host[1:]))
 
 
 class Policy:
     """The core's own authorizer: asks the authz port with exactly the context that the loaded policies read."""
 
-    def __init__(self, authz: Authz, extracts: Sequence[Extract] = (), *, body_bytes: int = 1 << 20) -> None:
+    def __init__(
+        self,
+        authz: Authz,
+        extracts: Sequence[Extract] = (),
+        *,
+        body_bytes: int = 1 << 20,
+        inspector: Inspector | None = None,
+    ) -> None:
         self._authz = authz
+        self._inspector = inspector or Inspector(authz, Providers())
         self._extracts = tuple(extracts)
         self._body_bytes = body_bytes
 
     def body_limit(self, request: Request) -> int:
-        if speaks_mcp(request) or any(applies(rule, request) for rule in self._extracts):
+        if self._inspector.wants_body(request) or any(applies(rule, request) for rule in self._extracts):
             return self._body_bytes
         return 0
+
+    def lease(self, request: Request) -> Lease | None:
+        """That the answer to ``request``, which was ALLOW, holds for others like it; None when it may not."""
+        if self.body_limit(request) or self._inspector.calls(request):
+            return None
+        reads = self._authz.lasting(self._query(request, request.action, request.method, request.path, None))
+        if reads is None or not reads <= _SHAPE:
+            return None
+        by_path = "path" in reads or self._inspector.looks_at_paths(request.host)
+        return Lease(exact=by_path or any(_may_apply(rule, request.host) for rule in self._extracts))
 
     def authorize(self, request: Request) -> Decision:
         """ALLOW, DENY or ESCALATE with the determining policies; an error of the engine is a DENY.
@@ -68,32 +82,48 @@ class Policy:
         Permits are looked for under the path and method as they stand; what is forbidden is forbidden under every
         reading of the path, and a method that the server is asked to take instead must be permitted as well.
 
+        What is said inside, in MCP, A2A or to a model, is judged besides the request itself, each message of a batch
+        on its own; the strictest answer is that of the whole request. A permit for the request is enough for what is
+        inside until a permit that can match this host speaks of that: then it needs one, too.
+
         Raises Refused for header fields that replace the path, and for bodies that parsers read differently.
         """
-        decision = self._judge(request, request.action, request.method, request.path)
+        calls = self._inspector.calls(request)
+        if not calls:
+            return self._transport(request, None)
+        request.resource = resource_of(calls)
+        watch = self._authz.watch(request.host)
+        decision = self._inside(request, calls[0], watch)
+        for call in calls[1:]:
+            decision = decision.stricter(self._inside(request, call, watch))
+        return decision
+
+    def _inside(self, request: Request, call: Call, watch: Watch) -> Decision:
+        decision = self._transport(request, call)
+        if call.action not in watch.actions or decision.verdict is Verdict.DENY:
+            return decision
+        answer = self._over_paths(request, call.action, call)
+        if answer.reason == NO_PERMIT and call.action not in watch.permits:
+            return decision
+        return decision.stricter(answer)
+
+    def _transport(self, request: Request, call: Call | None) -> Decision:
+        decision = self._over_paths(request, request.action, call)
         for method in _overriding(request):
-            decision = decision.stricter(self._judge(request, action_of(method), method, request.path))
-        if "path" in self._authz.reads(request.action):
+            decision = decision.stricter(self._judge(request, action_of(method), method, request.path, call))
+        return decision
+
+    def _over_paths(self, request: Request, action: str, call: Call | None) -> Decision:
+        decision = self._judge(request, action, request.method, request.path, call)
+        if "path" in self._authz.reads(action):
             for path in readings(request.path)[1:]:
-                other = self._judge(request, request.action, request.method, path)
+                other = self._judge(request, action, request.method, path, call)
                 if other.verdict is not Verdict.ALLOW and other.reason != NO_PERMIT:
                     decision = decision.stricter(other)
         return decision
 
-    def _judge(self, request: Request, action: str, method: str, path: str) -> Decision:
-        agent = request.agent
-        answer = self._authz.decide(
-            Query(
-                principal=agent.id,
-                org=agent.org,
-                env=agent.env,
-                owner=agent.root,
-                action=action,
-                host=request.host,
-                context=self._context(request, action, method, path),
-                expires_ns=int(agent.expires_at * 1e9),
-            )
-        )
+    def _judge(self, request: Request, action: str, method: str, path: str, call: Call | None) -> Decision:
+        answer = self._authz.decide(self._query(request, action, method, path, call))
         return Decision(
             verdict=_VERDICTS[answer.verdict],
             reason=answer.reason,
@@ -103,18 +133,35 @@ class Policy:
             obligations=answer.obligations,
         )
 
-    def _context(self, request: Request, action: str, method: str, path: str) -> dict[str, Any]:
+    def _query(self, request: Request, action: str, method: str, path: str, call: Call | None) -> Query:
+        agent = request.agent
+        return Query(
+            principal=agent.id,
+            org=agent.org,
+            env=agent.env,
+            owner=agent.root,
+            action=action,
+            host=request.host,
+            context=self._context(request, action, method, path, call),
+            expires_ns=int(agent.expires_at * 1e9),
+        )
+
+    def _context(self, request: Request, action: str, method: str, path: str, call: Call | None) -> dict[str, Any]:
         reads = self._authz.reads(action)
         asked = {"method": method, "path": path}
         context: dict[str, Any] = {name: value for name, value in asked.items() if name in reads}
+        if call is not None:
+            context.update((name, value) for name, value in call.attributes if name in reads)
         for name in reads:
             source = _CONTEXT.get(name)
-            if source is not None:
+            if source is not None and name not in context:
                 value = source(request)
                 if value is not None:
                     context[name] = value
         for rule in self._extracts:
             if rule.attribute in reads and applies(rule, request):
+                if call is not None and (request.body or b"").lstrip().startswith(b"["):
+                    raise _bad(BATCH, "Policy decides on a field of this message; send it alone, not in a batch.")
                 value = _extracted(request, rule.field)
                 if value is not None:
                     context[rule.attribute] = value
@@ -139,7 +186,7 @@ def _extracted(request: Request, pointer: str) -> str | int | bool | None:
     """
     if not request.body:
         return None
-    declared = _essence(request.headers.get("content-type"))
+    declared = essence(request.headers.get("content-type"))
     says_json = declared in ("", "application/json", "text/json") or declared.endswith("+json")
     if (request.headers.get("content-encoding") or "identity").strip().lower() != "identity":
         raise _bad("unreadable_body", "Policy decides on the body of this request; send it unencoded.")
@@ -155,10 +202,6 @@ def _extracted(request: Request, pointer: str) -> str | int | bool | None:
     if isinstance(value, (str, bool)) or (isinstance(value, int) and -(2**63) <= value < 2**63):
         return value
     return None
-
-
-def _essence(content_type: str | None) -> str:
-    return (content_type or "").partition(";")[0].strip().lower()
 
 
 def _bad(reason: str, detail: str) -> Refused:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
@@ -27,6 +28,26 @@ def json_pointer(body: bytes, pointer: str) -> Any:
             return None
         value = found
     return msgspec.json.decode(value)
+
+
+def members(body: bytes, names: Iterable[str]) -> dict[str, bytes]:
+    """The values, as they stand there, of those outermost members of a JSON object that have one of ``names``.
+
+    Raises AmbiguousBody as ``json_pointer`` does, for these names; ValueError when the body is no JSON object.
+    """
+    wanted = {name.casefold(): name for name in names}
+    found: dict[str, bytes] = {}
+    for raw, _, start, end in object_members(body):
+        text = _text(raw)
+        name = wanted.get(text.casefold())
+        if name is None:
+            continue
+        if name != text:
+            raise AmbiguousBody("a name that policy decides on is spelled in another case")
+        if name in found:
+            raise AmbiguousBody("a name that policy decides on occurs twice")
+        found[name] = body[start:end]
+    return found
 
 
 def _member(value: bytes, key: str) -> bytes | None:

@@ -17,8 +17,9 @@ _ODD = re.compile(r"[%\\;A-Z]|//|/\.|./$")
 _ESCAPE = re.compile(r"%([0-9A-Fa-f]{2})?")
 _PRINTABLE = re.compile(r"%([2-6][0-9A-Fa-f]|7[0-9A-Ea-e])")
 _UNRESERVED = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~")
-# UTF-8 longer than need be: lenient decoders see "/" or "." in it.
-_OVERLONG = re.compile(r"%C[01]|%E0%[89]|%F0%8")
+# UTF-8 longer than need be, in which lenient decoders see "/" or "."; and control characters.
+_OVERLONG = re.compile(r"%C[01]|%E0%[89]|%F0%8", re.IGNORECASE)
+_CONTROL = re.compile(r"%(?:[01][0-9A-F]|7F)", re.IGNORECASE)
 _PARAMETERS = re.compile(r";[^/]*")
 _SLASHES = re.compile(r"/{2,}")
 
@@ -34,22 +35,26 @@ def canonical(path: str) -> str:
     if "\\" in path:
         raise AmbiguousPath("it has a backslash")
     text = _ESCAPE.sub(_unescaped, path)
-    if _OVERLONG.search(text):
-        raise AmbiguousPath("it has overlong UTF-8")
     for reading in readings(text):
+        if _OVERLONG.search(reading):
+            raise AmbiguousPath("it has overlong UTF-8")
+        if _CONTROL.search(reading):
+            raise AmbiguousPath("it has a control character")
         if any(segment in (".", "..") for segment in reading.split("/")):
             raise AmbiguousPath("it has a dot segment")
     return text
 
 
 def readings(path: str) -> tuple[str, ...]:
-    """The canonical ``path`` first, then what else servers take it for, without repetition: at most five."""
+    """The canonical ``path`` first, then what else servers take it for, without repetition: at most eight."""
     if not _ODD.search(path):
         return (path,)
     once = _resolved(path)
     twice = _resolved(once)  # a server behind a server resolves again
-    loose = _loosened(twice)
-    return tuple(dict.fromkeys((path, _loosened(path), _loosened(once), loose, loose.lower())))
+    plain, loose = _loosened(path), _loosened(twice)
+    # Some drop parameters before they resolve, some after.
+    late = _loosened(_resolved(plain))
+    return tuple(dict.fromkeys((path, plain, once, twice, late, _loosened(once), loose, loose.lower())))
 
 
 def _unescaped(match: re.Match[str]) -> str:

@@ -1,7 +1,8 @@
 """The one place where failures become responses: problem+json that LLM SDKs print and MCP clients understand.
 
 RFC 9457 problem details, with an ``error`` object beside them in the shape the OpenAI and Anthropic SDKs read, and as
-a JSON-RPC error for MCP (2026-07-28, -32000..-32019 are implementation-defined). Never 202: SDKs parse it as success.
+JSON-RPC errors for whoever asked in JSON-RPC (MCP 2026-07-28: -32000..-32019 are implementation-defined; A2A 1.0 uses
+-32001..-32009). Never 202: SDKs parse it as success.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ from typing import Any
 
 import msgspec
 
-from creto_proxy.authorize import speaks_mcp
 from creto_proxy.errors import CretoError, Held, Refused, Transient
 from creto_proxy.model import Decision, Request
+from creto_proxy.protocols import a2a, jsonrpc
 
 JSONRPC_DENIED = -32010
 JSONRPC_PENDING = -32011
@@ -44,8 +45,9 @@ def render(error: CretoError, request: Request | None) -> Answer:
         headers += [("Retry-After", str(retry_s)), ("X-Should-Retry", "true")]
     elif isinstance(error, Transient):
         headers.append(("Retry-After", str(max(1, math.ceil(error.retry_after_s)))))
-    if request is not None and speaks_mcp(request) and (answer := _json_rpc(error, document, request)) is not None:
-        return error.status, [("Content-Type", "application/json"), *headers], answer
+    if request is not None and (answer := _json_rpc(error, document, request)) is not None:
+        status, body = answer
+        return status, [("Content-Type", "application/json"), *headers], body
     document["error"] = {"type": error.reason, "code": error.reason, "message": f"creto: {error.detail}"}
     return error.status, [("Content-Type", "application/problem+json"), *headers], msgspec.json.encode(document)
 
@@ -72,13 +74,13 @@ def _title(status: int) -> str:
         return "Refused"
 
 
-def _json_rpc(error: CretoError, document: dict[str, Any], request: Request) -> bytes | None:
-    try:
-        call = msgspec.json.decode(request.body or b"")
-    except msgspec.DecodeError:
+def _json_rpc(error: CretoError, document: dict[str, Any], request: Request) -> tuple[int, bytes] | None:
+    """(status, body) for a client that speaks JSON-RPC, None when its request was none as far as it was read."""
+    found = jsonrpc.said(request.body)
+    if found is None:
         return None
-    if not isinstance(call, dict) or call.get("jsonrpc") != "2.0":
-        return None
-    code = JSONRPC_PENDING if isinstance(error, Held) else JSONRPC_DENIED
-    body = {"code": code, "message": f"creto: {error.detail}", "data": document}
-    return msgspec.json.encode({"jsonrpc": "2.0", "id": call.get("id"), "error": body})
+    denied = jsonrpc.CODES.get(error.reason, JSONRPC_DENIED)
+    code = JSONRPC_PENDING if isinstance(error, Held) else denied
+    # A2A clients read errors out of answers that succeeded as HTTP, and look into no others; MCP clients read both.
+    status = HTTPStatus.OK if a2a.speaks(found) else error.status
+    return status, jsonrpc.errors(found, code, f"creto: {error.detail}", document)

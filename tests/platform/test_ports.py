@@ -17,7 +17,7 @@ from click.testing import CliRunner, Result
 
 from creto_platform import NotConfigured, Platform, PlatformError, audit_directories, embedded
 from creto_platform.audit import Audit, LogTampered, verify_local
-from creto_platform.authz.port import Answer, Authz, Query
+from creto_platform.authz.port import Answer, Authz, Query, Watch
 from creto_platform.consensus import Consensus
 from creto_platform.crypto import Crypto
 from creto_platform.memory import Memory, NoMemory
@@ -34,6 +34,12 @@ class DenyAll:
 
     def reads(self, action: str) -> frozenset[str]:
         return frozenset()
+
+    def lasting(self, query: Query) -> frozenset[str] | None:
+        return None
+
+    def watch(self, host: str) -> Watch:
+        return Watch()
 
 
 @pytest.fixture

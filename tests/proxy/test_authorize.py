@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from creto_platform.authz import Answer, Query
-from creto_proxy.authorize import Policy, speaks_mcp
+from creto_platform.authz import Answer, Query, Watch
+from creto_proxy.authorize import Policy
 from creto_proxy.bodies import json_pointer
 from creto_proxy.model import Approval, Verdict
 from creto_proxy.settings import Extract
@@ -27,6 +27,12 @@ class Recording:
 
     def reads(self, action: str) -> frozenset[str]:
         return self._reads
+
+    def lasting(self, query: Query) -> frozenset[str] | None:
+        return None
+
+    def watch(self, host: str) -> Watch:
+        return Watch()
 
     def decide(self, query: Query) -> Answer:
         self.asked.append(query)
@@ -84,13 +90,6 @@ def test_the_body_is_wanted_only_where_a_rule_or_mcp_needs_it() -> None:
     assert policy.body_limit(make_request("POST", host="pay.test", path="/v2/refunds")) == 0
     assert policy.body_limit(make_request("POST", host="a.pay.test", path="/v1/refunds")) == 0
     assert policy.body_limit(make_request("POST", headers={"Mcp-Method": "tools/call"})) == 77
-
-
-def test_mcp_is_recognised_by_its_headers() -> None:
-    accept = {"Accept": "application/json, text/event-stream"}
-    assert speaks_mcp(make_request("POST", headers=accept))
-    assert not speaks_mcp(make_request("GET", headers=accept))
-    assert not speaks_mcp(make_request("POST", headers={"Accept": "application/json"}))
 
 
 def test_json_pointers_follow_rfc_6901() -> None:

@@ -143,6 +143,9 @@ def _frames(data: bytes, path: Path) -> tuple[list[Frame], int]:
 def _decode(payload: bytes, path: Path, at: int) -> Frame:
     try:
         first, source, upto, entries = msgpack.unpackb(payload, raw=False)
-        return Frame(first, source, upto, entries)
     except (ValueError, TypeError) as error:
         raise LogTampered("corrupt", f"{path} at {at}: {error}") from None
+    plain = type(first) is int and isinstance(source, str) and type(upto) is int
+    if not plain or not isinstance(entries, list) or not all(isinstance(entry, bytes) for entry in entries):
+        raise LogTampered("corrupt", f"{path} at {at}: not a frame of this log")
+    return Frame(first, source, upto, entries)

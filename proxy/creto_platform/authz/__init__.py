@@ -4,6 +4,8 @@ from creto_platform.authz.bundled import bundled_policies
 from creto_platform.authz.embedded import EmbeddedAuthz, Explanation
 from creto_platform.authz.port import (
     ACTIONS,
+    INSIDE,
+    PROTOCOLS,
     Answer,
     Authz,
     EngineUnsafe,
@@ -11,10 +13,13 @@ from creto_platform.authz.port import (
     PolicyError,
     PolicyProblem,
     Query,
+    Watch,
 )
 
 __all__ = [
     "ACTIONS",
+    "INSIDE",
+    "PROTOCOLS",
     "Answer",
     "Authz",
     "EmbeddedAuthz",
@@ -24,5 +29,6 @@ __all__ = [
     "PolicyError",
     "PolicyProblem",
     "Query",
+    "Watch",
     "bundled_policies",
 ]

@@ -183,15 +183,19 @@ def entity(kind: str, name: str) -> dict[str, str]:
     return {"type": f"Creto::{kind}", "id": name}
 
 
-def entities_for(query: Query, zones: Iterable[str], schema: cedarpy.Schema) -> cedarpy.Entities:
+def entities_for(
+    query: Query, zones: Iterable[str], schema: cedarpy.Schema, *, tool: str | None = None, model: str | None = None
+) -> cedarpy.Entities:
     """The entities one query can touch: agent, owner, org, host and its zones. The owner is known to be in the org.
 
-    Raises ValueError when they do not fit the schema.
+    tool, model: what the host is asked for; it is in the entities of these names as it is in its zones. Raises
+    ValueError when they do not fit the schema.
     """
     if not isinstance(schema, cedarpy.Schema):
         raise TypeError("entities need the schema: without it action groups never match")
     org, owner = entity("Org", query.org), entity("Human", query.owner)
     memberships = [entity("Zone", zone) for zone in zones]
+    memberships += [entity(kind, name) for kind, name in (("Tool", tool), ("Model", model)) if name is not None]
     nodes = [
         {"uid": org, "attrs": {}, "parents": []},
         {"uid": owner, "attrs": {}, "parents": [org]},

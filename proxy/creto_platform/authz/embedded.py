@@ -37,7 +37,8 @@ from creto_platform.authz.cedar import (
     to_json,
 )
 from creto_platform.authz.policyset import OPTIONAL, REQUIRED, Policy, PolicySet, compile_some, load_policies
-from creto_platform.authz.port import ACTIONS, Answer, OversightProfile, Query, Value
+from creto_platform.authz.port import ACTIONS, INSIDE, PROTOCOLS, Answer, OversightProfile, Query, Value, Watch
+from creto_platform.authz.reads import ATTRIBUTES
 from creto_platform.authz.zones import host_problem, is_address
 
 # An answer is never older than this, so a mistake in invalidation heals itself.
@@ -50,6 +51,8 @@ _MAX_ANSWERS = 0x7FFF
 
 class Table(Protocol):
     """What is used of ``creto_hotpath.admit.DecisionTable``."""
+
+    epoch: int
 
     def get(self, key: bytes, epoch: int, now_ns: int, /) -> int: ...
     def put(self, key: bytes, epoch: int, code: int, expires_ns: int, /) -> None: ...
@@ -90,7 +93,8 @@ class _State:
     reads: Mapping[str, frozenset[str]]
     slices: dict[tuple[str, str], Slice] = field(default_factory=dict)
     compiled: dict[tuple[str, ...], Slice] = field(default_factory=dict)
-    entities: dict[tuple[str, str, str, str, str], cedarpy.Entities] = field(default_factory=dict)
+    entities: dict[tuple[str | None, ...], cedarpy.Entities] = field(default_factory=dict)
+    watches: dict[str, Watch] = field(default_factory=dict)
     answers: dict[int, Answer] = field(default_factory=dict)
     codes: dict[Answer, int] = field(default_factory=dict)
 
@@ -122,7 +126,7 @@ class EmbeddedAuthz:
         self._reloading = threading.Lock()
         self.table: Table = DecisionTable() if table is None else table
         self.evaluations = 0
-        self._state = _state_of(1, self._load())
+        self._install(1, self._load())
 
     @property
     def epoch(self) -> int:
@@ -156,17 +160,35 @@ class EmbeddedAuthz:
             except BaseException:
                 self._zones, self._profiles = before
                 raise
-            self._state = _state_of(self._state.epoch + 1, loaded)
+            self._install(self._state.epoch + 1, loaded)
             return self._state.epoch
 
     def invalidate(self) -> int:
         """Forgets every answer at once, after a revocation say; the new epoch."""
         with self._reloading:
-            self._state = _state_of(self._state.epoch + 1, self._state.policies)
+            self._install(self._state.epoch + 1, self._state.policies)
             return self._state.epoch
 
     def reads(self, action: str) -> frozenset[str]:
         return self._state.reads.get(action, frozenset())
+
+    def lasting(self, query: Query) -> frozenset[str] | None:
+        state = self._state
+        key = self._key(state, query)
+        if key is None or state.answers.get(self.table.get(key, state.epoch, self._clock())) is None:
+            return None
+        return frozenset(self._slice(state, query.action, query.host).key_reads or ())
+
+    def watch(self, host: str) -> Watch:
+        state = self._state
+        found = state.watches.get(host)
+        if found is None:
+            zones = state.policies.zones.of(host)
+            found = _watch_of([p for p in state.policies.policies.values() if p.reach.may_be_at(host, zones)])
+            if len(state.watches) >= _MAX_SLICES:
+                state.watches.clear()
+            state.watches[host] = found
+        return found
 
     def key(self, query: Query) -> bytes | None:
         """16 bytes under which the answer may be remembered, None when it must not be.
@@ -207,6 +229,10 @@ class EmbeddedAuthz:
             cacheable=self._key(state, query) is not None and ruling is not None and ruling.settled,
             errors=() if ruling is None else ruling.errors,
         )
+
+    def _install(self, epoch: int, policies: PolicySet) -> None:
+        self._state = _state_of(epoch, policies)
+        self.table.epoch = epoch
 
     def _load(self) -> PolicySet:
         return load_policies(self._directory, zones=self._zones, profiles=self._profiles, schema=self._schema)
@@ -275,7 +301,7 @@ class EmbeddedAuthz:
             return Answer("deny", "host_not_normalised", "the host is not in the form that policies compare"), None
         piece = self._slice(state, query.action, query.host)
         try:
-            entities = self._entities(state, query)
+            entities = self._entities(state, query, piece.reads)
             context = _cedar_context(query, piece.reads)
             approval = _matching_approval(query.context)
         except ValueError:
@@ -295,11 +321,13 @@ class EmbeddedAuthz:
             return _UNREADABLE, None
         return _answer(ruling, piece.rules, query.action), ruling
 
-    def _entities(self, state: _State, query: Query) -> cedarpy.Entities:
-        who = (query.principal, query.org, query.owner, query.env, query.host)
+    def _entities(self, state: _State, query: Query, reads: frozenset[str] | None) -> cedarpy.Entities:
+        tool, model = (_named(query, attribute, reads) for attribute in ("tool", "model"))
+        who = (query.principal, query.org, query.owner, query.env, query.host, tool, model)
         entities = state.entities.get(who)
         if entities is None:
-            entities = entities_for(query, state.policies.zones.of(query.host), state.policies.schema)
+            zones = state.policies.zones.of(query.host)
+            entities = entities_for(query, zones, state.policies.schema, tool=tool, model=model)
             if len(state.entities) >= _MAX_ENTITIES:
                 state.entities.clear()
             state.entities[who] = entities
@@ -315,11 +343,38 @@ def _state_of(epoch: int, policies: PolicySet) -> _State:
     for action in ACTIONS:
         found: frozenset[str] = frozenset()
         for policy in policies.policies.values():
-            if policy.reach.actions is None or policy.reach.actions & {action, "egress"}:
+            if policy.reach.may_be(action):
                 every = frozenset((*REQUIRED, *OPTIONAL))
                 found |= every if policy.reach.reads is None else policy.reach.reads
         reads[action] = found
     return _State(epoch=epoch, policies=policies, reads=reads)
+
+
+def _watch_of(policies: Iterable[Policy]) -> Watch:
+    actions: set[str] = set()
+    permits: set[str] = set()
+    reads: set[str] = set()
+    for policy in policies:
+        known = policy.reach.reads
+        reads |= {*REQUIRED, *OPTIONAL} if known is None else known
+        told = {action for action in INSIDE if policy.reach.inside and policy.reach.may_be(action)}
+        actions |= told
+        if policy.effect == "permit":
+            permits |= told
+    groups = {
+        group
+        for group, told in PROTOCOLS.items()
+        if not (actions.isdisjoint(told) and reads.isdisjoint(ATTRIBUTES[group]))
+    }
+    return Watch(frozenset(actions), frozenset(permits), frozenset(reads), frozenset(groups))
+
+
+def _named(query: Query, attribute: str, reads: frozenset[str] | None) -> str | None:
+    """The name of a tool or model, None where no policy asks for it. Raises ValueError when it is not text."""
+    value = query.context.get(attribute) if reads is None or attribute in reads else None
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f'context attribute "{attribute}" is not text')
+    return value
 
 
 def _slice_of(policies: Iterable[Policy]) -> Slice:

@@ -47,7 +47,16 @@ REQUIRED: Mapping[str, Value] = {
     "now": 0,
 }
 OPTIONAL: Mapping[str, Value] = {
+    "rpc_method": "m",
+    "tool": "t",
+    "prompt": "p",
+    "uri": "u",
     "model": "m",
+    "provider": "p",
+    "operation": "o",
+    "stream": False,
+    "max_tokens": 1,
+    "tools": 1,
     "currency": "USD",
     "ip": "192.0.2.1",
     "amount_minor": 1,

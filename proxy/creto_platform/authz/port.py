@@ -15,8 +15,21 @@ Verdict: TypeAlias = Literal["allow", "deny", "oversight"]
 # A context attribute. Mappings occur only under "approval", times (or unix nanoseconds) only under "now".
 Value: TypeAlias = str | int | bool | datetime | Mapping[str, object]
 
-# Every action the proxy can ask about. All are in the action group "egress".
-ACTIONS: tuple[str, ...] = ("httpRead", "httpWrite", "tunnel", "tcp")
+# What is done on the wire.
+TRANSPORT: tuple[str, ...] = ("httpRead", "httpWrite", "tunnel", "tcp")
+# What is said inside an HTTP request, by the group of the protocol. Asked besides the transport action, never alone.
+PROTOCOLS: Mapping[str, tuple[str, ...]] = {
+    "mcp": ("mcpCall", "mcpRead", "mcpWrite"),
+    "a2a": ("a2aSend", "a2aRead", "a2aWrite"),
+    "llm": ("llmCall",),
+}
+INSIDE: tuple[str, ...] = tuple(action for actions in PROTOCOLS.values() for action in actions)
+# Every action the proxy can ask about, and the action groups that each is in.
+ACTIONS: tuple[str, ...] = (*TRANSPORT, *INSIDE)
+GROUPS: Mapping[str, frozenset[str]] = {
+    **dict.fromkeys(TRANSPORT, frozenset(("egress",))),
+    **{action: frozenset(("egress", group)) for group, actions in PROTOCOLS.items() for action in actions},
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,10 +39,12 @@ class Query:
     principal, owner: entity ids of the agent and of the human it answers to, as policies write them.
     host: lower-case A-label name or canonical address literal, without port or trailing dot.
     context: ``method path scheme way fingerprint root`` (str), ``depth port`` (int), ``now`` (unix nanoseconds or an
-    aware datetime), and where known ``model currency ip`` (str), ``amount_minor`` (int) and ``approval`` (mapping with
+    aware datetime), and where known ``currency ip rpc_method tool prompt uri model provider operation`` (str),
+    ``amount_minor max_tokens tools`` (int), ``stream`` (bool) and ``approval`` (mapping with
     ``id satisfied approvals groups fingerprint`` and optionally ``profiles``, the oversight profiles that were
     satisfied). ``root`` is the id of the human at the root of the chain; ``fingerprint`` is "" until the action has
-    one. Only what ``Authz.reads`` names has to be there.
+    one. With a ``tool`` or ``model`` the host is in the entity ``Tool`` or ``Model`` of that name. Only what
+    ``Authz.reads`` names has to be there.
     expires_ns: unix nanoseconds after which the principal's authority ends, 0 for "not known"; caps caching.
     """
 
@@ -41,6 +56,22 @@ class Query:
     host: str
     context: Mapping[str, Value] = field(default_factory=dict)
     expires_ns: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """What the policies for one host want to know about the protocols inside its HTTP requests.
+
+    actions: those of ``INSIDE`` that some policy there tells from plain HTTP; to ask about any other
+    adds nothing to the answer for the transport action. permits: those that a permit tells, so that they are not
+    allowed without one. reads: context attributes that a policy may look at there, whatever the action. protocols: the
+    groups of ``PROTOCOLS`` that any of this is about.
+    """
+
+    actions: frozenset[str] = frozenset()
+    permits: frozenset[str] = frozenset()
+    reads: frozenset[str] = frozenset()
+    protocols: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +145,17 @@ class Authz(Protocol):
         """The answer under the current policies. Never raises for a bad query: that is a "deny"."""
         ...
 
+    def lasting(self, query: Query) -> frozenset[str] | None:
+        """Names of the context attributes on which the answer to ``query`` depends, besides who asks and for what.
+
+        None when the answer may be another one next time although nothing of that has changed.
+        """
+        ...
+
     def reads(self, action: str) -> frozenset[str]:
         """Names of the context attributes that some policy for ``action`` may look at, so others need no effort."""
+        ...
+
+    def watch(self, host: str) -> Watch:
+        """What has to be found out about requests to ``host`` beyond their heads; holds for one ``epoch``."""
         ...

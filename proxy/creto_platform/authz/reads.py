@@ -6,12 +6,24 @@ the rule throughout is: anything not understood counts as "reads everything" and
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import cedarpy
 from cedarpy import pst
 
+from creto_platform.authz.port import GROUPS, INSIDE, PROTOCOLS
+
+# Attributes that only a look into the request, at what a protocol says there, can give.
+ATTRIBUTES: Mapping[str, frozenset[str]] = {
+    "mcp": frozenset({"rpc_method", "tool", "prompt", "uri"}),
+    "a2a": frozenset({"rpc_method"}),
+    "llm": frozenset({"model", "provider", "operation", "stream", "max_tokens", "tools"}),
+}
+CONTENTS = frozenset[str]().union(*ATTRIBUTES.values())
+# Whoever asks whether the host is in one of these asks for the attribute that it is made of.
+MADE_OF = {"Creto::Tool": "tool", "Creto::Model": "model"}
+_PROTOCOL_ACTIONS = frozenset((*PROTOCOLS, *INSIDE))
 _NONE: frozenset[str] = frozenset()
 _EITHER: frozenset[bool] = frozenset((True, False))
 
@@ -27,6 +39,7 @@ class Reach:
     reads: context attributes it may look at; None when that cannot be told. bare_reads: the same for a request
     without an approval, where everything behind ``context has approval &&`` is dead. actions, hosts, zones: the only
     ones its scope can match; None for "any". names: every entity it mentions. words: its string literals.
+    inside: it names a protocol action, a tool or a model, or reads what only a look into the request can give.
     """
 
     reads: frozenset[str] | None
@@ -36,17 +49,24 @@ class Reach:
     zones: frozenset[str] | None
     names: frozenset[tuple[str, str]]
     words: frozenset[str]
+    inside: bool
 
     def may_match(self, action: str, host: str, zones: tuple[str, ...]) -> bool:
         """False only when the scope of the policy rules this action or host out."""
-        if self.actions is not None and action not in self.actions and "egress" not in self.actions:
-            return False
+        return self.may_be(action) and self.may_be_at(host, zones)
+
+    def may_be_at(self, host: str, zones: tuple[str, ...]) -> bool:
+        """False only when the scope of the policy rules this host out."""
         if self.hosts is None and self.zones is None:
             return True
         return host in (self.hosts or ()) or any(zone in (self.zones or ()) for zone in zones)
 
+    def may_be(self, action: str) -> bool:
+        """False only when the scope of the policy rules this action out."""
+        return self.actions is None or action in self.actions or not self.actions.isdisjoint(GROUPS.get(action, ()))
 
-UNKNOWN_REACH = Reach(None, None, None, None, None, frozenset(), frozenset())
+
+UNKNOWN_REACH = Reach(None, None, None, None, None, frozenset(), frozenset(), True)
 
 
 def reach(text: str) -> Reach:
@@ -56,14 +76,20 @@ def reach(text: str) -> Reach:
     except ValueError:
         return UNKNOWN_REACH
     hosts, zones = _resource_scope(policy.resource)
+    reads = _clause_reads(policy, approval=True)
+    names = frozenset((str(uid.type), uid.id) for uid in pst.entity_uids(policy))
+    made_of = frozenset(MADE_OF[kind] for kind, _ in names if kind in MADE_OF)
+    bare = _clause_reads(policy, approval=False)
+    named = any(kind == "Creto::Action" and name in _PROTOCOL_ACTIONS for kind, name in names)
     return Reach(
-        reads=_clause_reads(policy, approval=True),
-        bare_reads=_clause_reads(policy, approval=False),
+        reads=None if reads is None else reads | made_of,
+        bare_reads=None if bare is None else bare | made_of,
         actions=_action_scope(policy.action),
         hosts=hosts,
         zones=zones,
-        names=frozenset((str(uid.type), uid.id) for uid in pst.entity_uids(policy)),
+        names=names,
         words=frozenset(_words(policy.clauses)),
+        inside=reads is None or named or bool((reads | made_of) & CONTENTS),
     )
 
 
