@@ -1,0 +1,311 @@
+"""An agent's HTTP/2 connection: each stream becomes a request that the relay and its stages see as HTTP/1.1."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from creto_hotpath.h2 import Session
+from creto_hotpath.http1 import HEAD_LIMIT, BadMessage, BodyFramer, ResponseHead, read_response
+from creto_hotpath.relay import Downstream
+from creto_proxy.h2 import grpc
+from creto_proxy.h2.endpoint import INTERNAL_ERROR, NO_ERROR, PROTOCOL_ERROR, REFUSED_STREAM, Endpoint, Pair, Stream
+from creto_proxy.h2.guard import PREFACE
+from creto_proxy.h2.message import Malformed, RequestFields, TooLarge, response_pairs, trailer_fields
+from creto_proxy.model import Agent, Flow
+
+# Agents are near: a window of 64 KiB is a round trip on loopback, and with it a stream costs little while it is held.
+_STREAM_WINDOW = 65535
+_CONNECTION_WINDOW = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """max_streams: at a time on one connection. head_s: for the preface, and for a header block to end. idle_s: without
+    a stream. via: our pseudonym, by which answers of our own are told from relayed ones."""
+
+    max_streams: int = 100
+    head_s: float = 30.0
+    idle_s: float = 75.0
+    via: bytes = b"creto"
+
+
+class Edge(Protocol):
+    """What the accept stage does for a connection."""
+
+    def h2_downstream(self, flow: Flow, agent: Agent | None, grpc: bool) -> Downstream: ...
+    def h2_refused(self, flow: Flow, agent: Agent | None, reason: str) -> None: ...
+    def h2_gone(self, connection: object) -> None: ...
+
+
+class AgentStream(Stream):
+    """One request. trailers: those of the request, once they came. response_trailers, reset_code: left here by the
+    origin's stream, for the end of the answer or for the reset in its place."""
+
+    def __init__(self, endpoint: AgentConnection, stream_id: int, fields: RequestFields) -> None:
+        super().__init__(endpoint, stream_id)
+        self.fields = fields
+        self.trailers: list[Pair] = []
+        self.response_trailers: list[Pair] = []
+        self.reset_code = INTERNAL_ERROR
+        self.finished = False
+        self._via = endpoint.bounds.via
+        self._left = fields.length
+        self._framer: BodyFramer | None = None
+
+    def begin(self, downstream: Downstream, *, absolute: bool, ended: bool) -> None:
+        """Hands the request to the relay. Its body follows."""
+        tunnel = self.fields.method == b"CONNECT"
+        self.protocol = downstream
+        self.chunked = not ended and self.fields.length < 0 and not tunnel
+        downstream.connection_made(self)
+        downstream.data_received(self.fields.head(absolute=absolute, ended=ended or tunnel))
+
+    def receive(self, data: bytes) -> None:
+        if self._left >= 0:
+            self._left -= len(data)
+            if self._left < 0:
+                raise Malformed("content_length_mismatch")
+        super().receive(data)
+
+    def receive_end(self) -> None:
+        if self._left > 0:
+            raise Malformed("content_length_mismatch")
+        super().receive_end()
+
+    # -- what the relay writes: an HTTP/1.1 response
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        if self.finished or self.closed:
+            return
+        whole = bytes(data)
+        at = 0
+        while self._framer is None and at < len(whole):
+            try:
+                head = read_response(whole, at, self.fields.method == b"HEAD")
+            except BadMessage:
+                head = None
+            if head is None:  # the relay writes whole, canonical heads
+                self.abort()
+                return
+            at = head.end
+            if head.status >= 200:
+                self._begin(head, whole)
+            elif not self.fields.grpc:  # gRPC libraries do not know interim answers
+                self.endpoint.session.headers(self.id, response_pairs(head), False, True)
+        if self._framer is not None and not self.finished:
+            self._queue(self._framer.payload(whole, at))
+            if self._framer.done:
+                self.endpoint.session.end(self.id, self.response_trailers)
+                self._finish()
+        self.endpoint.schedule()
+
+    def writelines(self, pieces: Iterable[bytes | memoryview]) -> None:
+        self.write(b"".join(pieces))
+
+    def _begin(self, head: ResponseHead, data: bytes) -> None:
+        session = self.endpoint.session
+        framer = self._framer = BodyFramer(head.body, head.content_length, 502)
+        if self.fields.grpc and not head.via_names(self._via):
+            session.headers(self.id, grpc.refusal(head, framer.payload(data, head.end)), True)
+            self._finish()
+            return
+        done = framer.done and not self.response_trailers
+        pairs = response_pairs(head)
+        if self.fields.grpc and done:  # "Trailers-Only": what is not a trailer of the origin's would look like one
+            pairs = [pair for pair in pairs if pair[0] != b"content-length"]
+        session.headers(self.id, pairs, done)
+        if done:
+            self._finish()
+
+    def _finish(self) -> None:
+        self.finished = True
+        self.endpoint.schedule()
+        self.lose()
+
+    def close(self) -> None:
+        """The relay has said all it will."""
+        self.abort()
+
+    def abort(self) -> None:
+        """An answer that is not complete is seen to be so."""
+        if not self.finished and not self.closed:
+            self.endpoint.session.reset(self.id, self.reset_code)
+            self.endpoint.schedule()
+            self.lose()
+
+
+class AgentConnection(Endpoint):
+    """One HTTP/2 connection of an agent."""
+
+    def __init__(self, edge: Edge, flow: Flow, agent: Agent | None, bounds: Bounds) -> None:
+        super().__init__()
+        self.bounds = bounds
+        self._edge = edge
+        self._flow = flow
+        self._agent = agent
+        self._streams: dict[int, AgentStream] = {}
+        self._unread: set[int] = set()
+        self._absolute = flow.way == "explicit" and not flow.bound_names
+        self._draining = False
+        self._greeted = False
+        self._active_at = 0.0
+        self._block_since = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+
+    # -- life
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        session = Session(
+            False,
+            max_streams=self.bounds.max_streams,
+            stream_window=_STREAM_WINDOW,
+            connection_window=_CONNECTION_WINDOW,
+            header_list=HEAD_LIMIT,
+        )
+        self._open(transport, session, len(PREFACE))
+        self._active_at = self.loop.time()
+        self._timer = self.loop.call_later(self.bounds.head_s, self._tick)
+
+    def adopt(self, transport: asyncio.Transport, data: bytes) -> None:
+        """Takes over a connection of which ``data`` has been read."""
+        transport.set_protocol(self)
+        self.connection_made(transport)
+        transport.resume_reading()
+        if data:
+            self.data_received(data)
+
+    def data_received(self, data: bytes) -> None:
+        self._greeted = True
+        super().data_received(data)
+        guard = self._guard
+        if guard is None or not guard.in_block:
+            self._block_since = 0.0
+        elif not self._block_since:
+            self._block_since = self.loop.time()
+
+    def _tick(self) -> None:
+        """Looks at what may have waited too long; the next look is when something could have again."""
+        now = self.loop.time()
+        live = any(not stream.finished for stream in self._streams.values())
+        if not self._greeted or (self._block_since and now - self._block_since >= self.bounds.head_s):
+            self.fail("head_timeout", PROTOCOL_ERROR)
+        elif not live and not self._block_since and now - self._active_at >= self.bounds.idle_s:
+            self.leave()
+        else:
+            self._timer = self.loop.call_later(min(self.bounds.head_s, self.bounds.idle_s), self._tick)
+
+    def eof_received(self) -> bool:
+        return False
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        super().connection_lost(exc)
+        self._edge.h2_gone(self)
+
+    # -- streams
+
+    def stream(self, stream_id: int) -> Stream | None:
+        return self._streams.get(stream_id)
+
+    def headers(self, stream_id: int, pairs: list[Pair], ended: bool) -> None:
+        known = self._streams.get(stream_id)
+        try:
+            if known is not None:
+                if not ended:
+                    raise Malformed("headers_inside_body")
+                known.trailers = _trailers(pairs)
+            elif self._draining or len(self._streams) >= self.bounds.max_streams:
+                self.session.reset(stream_id, REFUSED_STREAM)
+            else:
+                self._request(stream_id, RequestFields(pairs), ended)
+        except Malformed as error:
+            self._malformed(stream_id, error.reason)
+        except TooLarge:
+            self._edge.h2_refused(self._flow, self._agent, "fields_too_large")
+            self.session.headers(stream_id, [(b":status", b"431"), (b"content-length", b"0")], True)
+            if not ended:
+                self._unread.add(stream_id)
+
+    def _request(self, stream_id: int, fields: RequestFields, ended: bool) -> None:
+        if ended and fields.length > 0:
+            raise Malformed("content_length_mismatch")
+        if self._flow.tls and fields.scheme == b"http":
+            raise Malformed("scheme_mismatch")
+        self._active_at = self.loop.time()
+        stream = self._streams[stream_id] = AgentStream(self, stream_id, fields)
+        # A flow of its own: what is learnt of one request must not be taken for another's.
+        flow = replace(self._flow, http2=True)
+        stream.begin(self._edge.h2_downstream(flow, self._agent, fields.grpc), absolute=self._absolute, ended=ended)
+
+    def _event(self, kind: int, stream_id: int, value: object, code: int) -> None:
+        try:
+            super()._event(kind, stream_id, value, code)
+        except Malformed as error:
+            self._malformed(stream_id, error.reason)
+
+    def _malformed(self, stream_id: int, reason: str) -> None:
+        self._edge.h2_refused(self._flow, self._agent, reason)
+        self.session.reset(stream_id, PROTOCOL_ERROR)
+        stream = self._streams.get(stream_id)
+        if stream is not None:
+            stream.lose()
+        if self._guard is not None:
+            self._guard.charge("malformed")
+
+    def sent_end(self, stream_id: int) -> None:
+        self._active_at = self.loop.time()
+        stream = self._streams.get(stream_id)
+        if stream_id in self._unread or (stream is not None and not stream.heard_end):
+            # The answer is complete and the rest of the request not wanted (RFC 9113 section 8.1).
+            self.session.reset(stream_id, NO_ERROR)
+            self.schedule()
+
+    def stream_closed(self, stream_id: int, code: int) -> None:
+        self._unread.discard(stream_id)
+        stream = self._streams.pop(stream_id, None)
+        if stream is not None:
+            stream.lose()
+
+    def lost_streams(self, error: BaseException | None) -> None:
+        streams = list(self._streams.values())
+        self._streams.clear()
+        for stream in streams:
+            stream.lose(error)
+
+    # -- the end
+
+    def broken(self, reason: str) -> None:
+        self._edge.h2_refused(self._flow, self._agent, reason)
+
+    def drain(self) -> None:
+        """Takes no new streams and closes once the open ones have ended."""
+        if self.closed or self._draining:
+            return
+        self._draining = True
+        self.session.goaway(NO_ERROR, False)
+        self.flush()
+
+    def flushed(self) -> None:
+        if self._draining and not self._streams:
+            self.leave()
+
+    @property
+    def busy(self) -> bool:
+        """False: what is under way is recorded by the conversations of its streams."""
+        return False
+
+    def abort(self) -> None:
+        """Cuts the connection off."""
+        if not self.closed:
+            self.transport.abort()
+
+
+def _trailers(pairs: list[Pair]) -> list[Pair]:
+    try:
+        return trailer_fields(pairs)
+    except TooLarge:
+        raise Malformed("trailers_too_large") from None
