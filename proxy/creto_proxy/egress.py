@@ -91,33 +91,73 @@ class Egress:
 
         Raises ``Refused`` when a guard says no.
         """
+        known = self._known(request)
+        if known is None or isinstance(known, Permit):
+            return known
+        return self._verified(request, known, only_first=True)[0]
+
+    def permits_now(self, request: Request) -> Sequence[Permit] | None:
+        """As ``permit_now``, but one Permit for every address that all guards accept, the best first."""
+        known = self._known(request)
+        if known is None:
+            return None
+        if isinstance(known, Permit):
+            return (known,)
+        permits = self._verified(request, known)
+        if request.flow.original is not None and literal(request.host) is None:
+            permits += self._others(request, known)
+        return permits
+
+    async def permit(self, request: Request) -> Permit:
+        """A Permit, resolving the name if need be. Raises ``Refused``, or ``OSError`` when there is no answer."""
+        return (await self.permits(request))[0]
+
+    async def permits(self, request: Request) -> Sequence[Permit]:
+        """As ``permit``, but one Permit for every address that all guards accept, the best first."""
+        ready = self.permits_now(request)
+        if ready is not None:
+            return ready
+        return self._verified(request, await self._resolver.resolve(request.host))
+
+    def _known(self, request: Request) -> Permit | Sequence[Address] | None:
+        """What may be dialled without a question to DNS: pinned, or addresses that are yet to be verified."""
         address = literal(request.host)
         if address is not None:
-            return self._verified(request, None, (address,))
+            return (address,)
         self._require(self.name_decision(request.agent, request.host, request.port))
         pin = self._pins.get(request.host)
         if pin is not None:
             return self._make(request, pin.address, pin.port)
         if request.flow.original is not None:
-            return self._verified(request, request.host, (request.flow.original[0],))
+            return (request.flow.original[0],)
+        return self._resolver.cached(request.host)
+
+    def _others(self, request: Request, dialled: Sequence[Address]) -> list[Permit]:
+        """The other addresses of the name that the agent dialled one of. It sees creto accept every connection, so
+        trying the next when one is down is not left to it."""
         known = self._resolver.cached(request.host)
-        return None if known is None else self._verified(request, request.host, known)
+        others = [address for address in known or () if address not in dialled]
+        try:
+            return self._verified(request, others)
+        except Refused:
+            return []
 
-    async def permit(self, request: Request) -> Permit:
-        """A Permit, resolving the name if need be. Raises ``Refused``, or ``OSError`` when there is no answer."""
-        ready = self.permit_now(request)
-        if ready is not None:
-            return ready
-        return self._verified(request, request.host, await self._resolver.resolve(request.host))
-
-    def _verified(self, request: Request, name: str | None, addresses: Sequence[Address]) -> Permit:
+    def _verified(self, request: Request, addresses: Sequence[Address], only_first: bool = False) -> list[Permit]:
+        """A Permit for each address that every guard accepts, or for the first. Raises ``Refused`` without any."""
+        name = None if literal(request.host) is not None else request.host
         refusal: Decision | None = None
+        permits: list[Permit] = []
         for address in addresses:
             decision = self.address_decision(request.agent, name, address, request.port)
             if decision.allowed:
-                return self._make(request, address, request.port)
-            refusal = refusal or decision
-        raise Refused(refusal or Decision(Verdict.DENY, "no_address", f"{request.host} has no usable address."))
+                permits.append(self._make(request, address, request.port))
+                if only_first:
+                    break
+            else:
+                refusal = refusal or decision
+        if not permits:
+            raise Refused(refusal or Decision(Verdict.DENY, "no_address", f"{request.host} has no usable address."))
+        return permits
 
     def _make(self, request: Request, address: Address, port: int) -> Permit:
         # TLS towards the upstream exactly when the agent speaks TLS to us and we terminated it, or asked for https.

@@ -1,0 +1,44 @@
+"""What the listeners need of sockets and descriptors."""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+import socket
+from typing import cast
+
+# Journal, ledger, audit log and keys must always find a descriptor, however many connections agents open.
+_RESERVED_DESCRIPTORS = 128
+
+
+def room() -> int:
+    """Agent connections that fit into this process' descriptors, of which it takes as many as it may have: each needs
+    another to its upstream, and idle ones to upstreams are kept."""
+    _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+    if limit == resource.RLIM_INFINITY:
+        return 1 << 20
+    return max(1, (limit - _RESERVED_DESCRIPTORS) // 3)
+
+
+class Turned(asyncio.Protocol):
+    """A connection that is one too many."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        cast(asyncio.Transport, transport).abort()
+
+
+def raw_response(status: int, headers: list[tuple[str, str]], body: bytes) -> bytes:
+    """A complete HTTP/1.1 response that closes the connection."""
+    fields = "".join(f"{name}: {value}\r\n" for name, value in headers)
+    head = f"HTTP/1.1 {status} \r\n{fields}Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+    return head.encode("latin-1") + body
+
+
+def duplicate(transport: asyncio.Transport) -> socket.socket:
+    """The socket under a transport, kept open while the transport itself is let go without a FIN or RST."""
+    sock = transport.get_extra_info("socket")
+    copy = socket.fromfd(sock.fileno(), sock.family, sock.type)
+    copy.setblocking(False)
+    transport.close()
+    return copy
