@@ -4,6 +4,7 @@ Each root below is a source root holding uniquely named packages. ``policies/`` 
 data package ``creto_policies``, so that the files a reader sees in the checkout are the files that run.
 """
 
+import ctypes.util
 from pathlib import Path
 
 from Cython.Build import cythonize
@@ -19,6 +20,12 @@ locations = {name: f"{root}/{name}" for name, root in packages.items() if "." no
 hotpath = Path("ext/creto_hotpath")
 # A module is either a .pyx beside its twin, or the twin itself compiled with the C types of an augmenting .pxd.
 sources = {path.stem: path for path in hotpath.glob("*_c.pyx")}
+# HTTP/2 framing has a second implementation, the h2 package, so this library is used where it is and never required.
+libraries = {"_h2_c": ["nghttp2"]}
+if ctypes.util.find_library("nghttp2") is None or not any(
+    Path(root, "nghttp2/nghttp2.h").exists() for root in ("/usr/include", "/usr/local/include")
+):
+    sources.pop("_h2_c", None)
 for types in hotpath.glob("*_c.pxd"):
     sources.setdefault(types.stem, types.with_name(f"{types.stem.removesuffix('_c')}_py.py"))
 extensions = [
@@ -26,6 +33,7 @@ extensions = [
         f"creto_hotpath.{name}",
         [str(source)],
         include_dirs=[str(hotpath)],
+        libraries=libraries.get(name, []),
         depends=[str(header) for header in sorted(hotpath.glob("*.h"))],
         extra_compile_args=["-O3"],
     )

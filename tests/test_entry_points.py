@@ -12,11 +12,12 @@ import pytest
 from creto_proxy.cli import Operator
 from creto_proxy.config import Config
 from creto_proxy.deadline import Guard
-from creto_proxy.errors import ConfigError
+from creto_proxy.errors import ConfigError, Refused
 from creto_proxy.hookspecs import ControlRequest
 from creto_proxy.model import Decision, Verdict
 from creto_proxy.plugins import Discovery, Found, Plugins, compose, configure, discover
 from creto_proxy.testing import allow, make_agent, make_core, make_flow, make_request
+from creto_proxy.websocket import Watchers
 
 OURS = {"egress", "metering", "oversight"}
 
@@ -56,7 +57,7 @@ def test_the_stranger_is_found_beside_ours(stranger: Path) -> None:
     assert discovery.problems == ()
     assert found.keys() >= {*OURS, "example"}
     assert (found["example"].distribution, found["example"].version) == ("creto-example", "1.2.3")
-    assert found["example"].hooks == ("creto_authorizer", "creto_identifier", "creto_routes")
+    assert found["example"].hooks == ("creto_authorizer", "creto_identifier", "creto_messages", "creto_routes")
 
 
 def test_its_section_is_validated_with_ours(stranger: Path, tmp_path: Path) -> None:
@@ -69,7 +70,7 @@ def test_its_section_is_validated_with_ours(stranger: Path, tmp_path: Path) -> N
 @pytest.fixture
 def loaded(stranger: Path, tmp_path: Path) -> Plugins:
     config, found = configured(
-        tmp_path, '[example]\ndenied = ["bad.example.net"]\n[example.agents]\nuplink = "robot"\n'
+        tmp_path, '[example]\ndenied = ["bad.example.net"]\nwords = ["password"]\n[example.agents]\nuplink = "robot"\n'
     )
     return compose([each for each in found if each.name == "example"], config, make_core(tmp_path))
 
@@ -88,6 +89,15 @@ def test_what_the_stranger_refuses_is_refused(loaded: Plugins) -> None:
     refused = walk(loaded, "bad.example.net")
     assert (refused.verdict, refused.reason) == (Verdict.DENY, "example_denied")
     assert walk(loaded, "good.example.net").allowed
+
+
+def test_what_the_stranger_keeps_in_stays_in(loaded: Plugins) -> None:
+    named = [(loaded.owner(stage), stage) for stage in loaded.stages.messages]
+    watch = Watchers(named, Guard(1.0)).open(make_request(), "websocket")
+    assert watch is not None and watch.judge("up", "text", b"hello") == b"hello"
+    with pytest.raises(Refused) as refused:
+        watch.judge("up", "text", b"my password is x")
+    assert refused.value.decision.reason == "example_word"
 
 
 def test_the_stranger_may_say_who_an_agent_is(loaded: Plugins) -> None:

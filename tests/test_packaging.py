@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from creto_hotpath.h2 import framing
+
 ROOT = Path(__file__).resolve().parents[1]
 HOTPATH = ROOT / "ext" / "creto_hotpath"
 
@@ -120,6 +122,8 @@ def test_every_compiled_module_has_its_twin() -> None:
 
 @pytest.mark.parametrize("module", sorted(path.stem.replace("_py", "_c") for path in HOTPATH.glob("*_py.py")))
 def test_every_compiled_module_is_built_for_this_interpreter(module: str) -> None:
+    if module == "_h2_c" and framing == "h2":
+        pytest.skip("built where nghttp2's headers are missing; the h2 package does the framing")
     spec = importlib.util.find_spec(f"creto_hotpath.{module}")
     assert spec is not None and spec.origin is not None
     assert spec.origin.endswith(tuple(EXTENSION_SUFFIXES))
@@ -132,7 +136,7 @@ def test_what_is_installed_is_this_version() -> None:
 
 def test_every_import_of_the_product_is_a_declared_dependency() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    optional = [*project["optional-dependencies"]["oqs"], *project["optional-dependencies"]["prices"]]
+    optional = [each for name in ("oqs", "otel", "prices") for each in project["optional-dependencies"][name]]
     declared = {_name(each) for each in [*project["dependencies"], *optional]}
     provided = importlib.metadata.packages_distributions()
     text = "\n".join((ROOT / name).read_text() for name in tree("ext", "proxy", "plugins", suffixes=(".py",)))

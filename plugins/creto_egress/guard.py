@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import lru_cache
+from typing import ClassVar
 
 from creto_egress.addresses import PUBLIC, kind, reaches
 from creto_egress.names import BadName, NameTable, normalise
@@ -21,6 +22,8 @@ _ALLOWED_ADDRESS = Decision(Verdict.ALLOW, "address_allowed")
 
 class Guard:
     """An ``EgressGuard`` over one configuration. Every answer is O(labels of the name) plus the CIDR rules."""
+
+    stable: ClassVar[bool] = True
 
     def __init__(self, settings: EgressSettings) -> None:
         listed = [entry for preset in settings.presets for entry in PRESETS.get(preset, ())]

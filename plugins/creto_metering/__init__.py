@@ -30,7 +30,7 @@ class Metering:
     Settings: ClassVar[type[BaseModel]] = MeteringSettings
 
     def __init__(self, settings: MeteringSettings, core: Core) -> None:
-        self._meter = RequestMeter(settings, core.clock)
+        self._meter = RequestMeter(settings, core.clock, core.providers)
         self._ledger = Ledger(core.state_dir / "metering.db")
         self._routes = UsageRoutes(self._ledger, self._meter, core.clock)
         self._service = Service(settings, core, self._meter, self._ledger)

@@ -15,6 +15,7 @@ from creto_hotpath.quota import CALENDAR, FIXED, GCRA, TOTAL, QuotaPath, QuotaSt
 from creto_metering.money import MAX_NANO, usd
 from creto_metering.settings import BudgetSettings
 from creto_metering.windows import SECOND_NS, Window, iso, parse_rate, parse_window
+from creto_proxy.model import Charge
 
 log = logging.getLogger("creto.metering")
 
@@ -132,6 +133,10 @@ class Budgets:
         if not self._table.charge(hold.levels.path, actual, now_ns):
             self._roll(hold.levels, now_ns)
             self._table.charge(hold.levels.path, actual, now_ns)
+
+    def charge_of(self, hold: Hold) -> Charge:
+        """What it takes to hold and charge the same again without asking here."""
+        return Charge(self._table, hold.levels.path, hold.amounts, self._ttl_ns)
 
     def release(self, hold: Hold) -> None:
         """Gives everything back: nothing was sent."""

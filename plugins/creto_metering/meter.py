@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from creto_hotpath.usage import UsageScanner
@@ -14,7 +15,7 @@ from creto_metering.providers import Endpoint, Providers
 from creto_metering.settings import Settings
 from creto_metering.windows import iso
 from creto_proxy.hookspecs import Clock, Edits, Tap
-from creto_proxy.model import Certainty, Decision, Request, Usage, Verdict
+from creto_proxy.model import Certainty, Decision, Lease, Request, Usage, Verdict
 
 log = logging.getLogger("creto.metering")
 
@@ -41,10 +42,11 @@ def reconcile(reserved: int, actual: int, *, exact: bool) -> int:
 class RequestMeter:
     """The ``Meter`` of this plugin: model requests in requests, tokens and nano-dollars, all others in requests."""
 
-    def __init__(self, settings: Settings, clock: Clock) -> None:
+    def __init__(self, settings: Settings, clock: Clock, providers: Mapping[str, str] | None = None) -> None:
+        """providers: hosts that the core knows as model providers besides the public ones."""
         self._settings = settings
         self._clock = clock
-        self._providers = Providers(settings.providers)
+        self._providers = Providers({**(providers or {}), **settings.providers})
         self._default_nano = settings.default_cost_nano
         self._budgets: Budgets | None = None
         self._prices = PriceBook(())
@@ -86,6 +88,17 @@ class RequestMeter:
             ticket.hold = answer
         request.notes[NOTE] = ticket
         return Decision(Verdict.ALLOW, "within_budget" if levels.slots else "no_budget")
+
+    def lease(self, request: Request) -> Lease | None:
+        """One request on every budget, for whatever uses no model; model requests are read one by one."""
+        ticket = _ticket(request)
+        if ticket is None or ticket.ask is not None or ticket.amounts != _ONE_REQUEST:
+            return None
+        # On the host of a provider the path says whether a model is used.
+        exact = self._providers.provider(request.host) is not None
+        if ticket.hold is None:
+            return Lease(exact)
+        return Lease(exact, self.budgets.charge_of(ticket.hold))
 
     def release(self, request: Request) -> None:
         """The request is not sent: nothing is charged. Does nothing when nothing is held."""

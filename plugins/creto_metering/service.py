@@ -42,7 +42,9 @@ class Service:
         self._meter.open(Budgets(self._settings.budgets, self._table, ttl_ns), prices)
 
     def keep_sweeping(self) -> None:
-        """Gives back, until ``stop``, what processes that died had reserved."""
+        """Gives back, until ``stop``, what processes that died had reserved. One process per node does."""
+        if self._core.role == "worker":
+            return
         self._sweeper = asyncio.get_running_loop().create_task(self._sweep())
 
     async def stop(self) -> None:

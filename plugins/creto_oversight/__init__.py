@@ -38,6 +38,7 @@ class Oversight:
     Settings: ClassVar[type[BaseModel]] = OversightSettings
 
     def __init__(self, settings: OversightSettings, core: Core) -> None:
+        self._sweeps = core.role != "worker"  # once per node is enough, and nobody is told twice
         self._store = Store(core.state_dir / DATABASE)
         self._owner = Owner(core.state_dir / OWNERS)
         self._workers: ThreadPoolExecutor | None = None
@@ -72,6 +73,8 @@ class Oversight:
         self._store.open()
         self._owner.take()
         self._workers = ThreadPoolExecutor(1, thread_name_prefix="creto-oversight")
+        if not self._sweeps:
+            return
         await self._offload(self._desk.sweep)
         self._sweeper = asyncio.get_running_loop().create_task(self._sweep())
 

@@ -10,22 +10,25 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import resource
 import socket
-from collections.abc import Callable, Sequence
+import ssl
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import cast
 
-from creto_hotpath.http1 import BadMessage
 from creto_hotpath.relay import Downstream, Exchange, Limits
 from creto_proxy.control import HOST as CONTROL_HOST
+from creto_proxy.conversation import Conversation, StreamConversation
 from creto_proxy.egress import literal
 from creto_proxy.errors import CretoError, Permanent, Refused
-from creto_proxy.identify import proxy_credentials
+from creto_proxy.h2.accepting import Http2
+from creto_proxy.h2.agents import Bounds
 from creto_proxy.jail.network import original_destination
 from creto_proxy.model import Address, Agent, Decision, Flow, Request, Usage, Verdict, Way
-from creto_proxy.pipeline import Passage, Pipeline
+from creto_proxy.pipeline import Pipeline
 from creto_proxy.refusal import render
 from creto_proxy.sniff import peek, reset
+from creto_proxy.sockets import Turned, duplicate, room
 from creto_proxy.target import Targets
 from creto_proxy.tls import BadHello, CertificateAuthority, Hello
 from creto_proxy.tunnels import Tunnels, bare_request
@@ -34,77 +37,12 @@ log = logging.getLogger("creto.accept")
 
 _METHOD_BYTES = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz!#$%&'*+-.^_`|~0123456789 ")
 
-# Journal, ledger, audit log and keys must always find a descriptor, however many connections agents open.
-_RESERVED_DESCRIPTORS = 128
+# Connections that may wait to be accepted; the kernel's net.core.somaxconn bounds it further.
+BACKLOG = 4096
 # What was cut off at the end is closed, and so recorded, within a few turns of the loop.
 _RECORDING_S = 1.0
 
 Names = Callable[[str, Address], Sequence[str]]
-
-
-class Conversation:
-    """One agent connection that speaks HTTP/1: a ``Passage`` for each of its requests, in order."""
-
-    def __init__(self, gateway: Gateway, flow: Flow, agent: Agent | None) -> None:
-        self._gateway = gateway
-        self._flow = flow
-        self._agent = agent
-        self._passage: Passage | None = None
-
-    def on_request(self, exchange: Exchange) -> None:
-        gateway, flow = self._gateway, self._flow
-        self._passage = None
-        try:
-            agent = self._agent_of(exchange)
-            request = gateway.targets.request(exchange.head, flow, agent, exchange.received_ns)
-        except CretoError as error:
-            gateway.refuse_early(exchange, flow, self._agent, error)
-            return
-        if request.kind == "tunnel":
-            gateway.pipeline.spawn(gateway.connect(self, exchange, flow, request))
-            return
-        self._passage = Passage(gateway.pipeline, exchange, request)
-        self._passage.begin()
-
-    def _agent_of(self, exchange: Exchange) -> Agent:
-        if self._flow.way == "explicit" and not self._flow.bound_names:
-            self._flow.credentials = proxy_credentials(exchange.head.headers.get("proxy-authorization"))
-        agent = self._gateway.pipeline.identify(self._flow)
-        if agent is None:  # the one it was is kept: its refusals are on record, too
-            status = 407 if self._flow.way == "explicit" and not self._flow.bound_names else 403
-            raise Permanent("This connection belongs to no known agent.", reason="unknown_agent", status=status)
-        self._agent = agent
-        return agent
-
-    def on_body(self, exchange: Exchange, body: bytes | None) -> None:
-        if self._passage is not None:
-            self._passage.body(body)
-
-    def on_stale(self, exchange: Exchange) -> None:
-        if self._passage is not None:
-            self._passage.stale()
-
-    def on_end(self, exchange: Exchange) -> None:
-        if self._passage is not None:
-            self._passage.end()
-            self._passage = None
-
-    def on_bad_request(self, error: BadMessage) -> bytes:
-        status, headers, body = render(Permanent(str(error), reason=error.reason, status=error.status), None)
-        return raw_response(status, headers, body)
-
-    def on_close(self) -> None:
-        self._gateway.closed(self)
-
-    def abort(self) -> None:
-        """Breaks the request under way, which records it as far as it got."""
-        if self._passage is not None:
-            self._passage.abort()
-
-    @property
-    def busy(self) -> bool:
-        """True while a request is under way."""
-        return self._passage is not None
 
 
 class Gateway:
@@ -119,8 +57,11 @@ class Gateway:
         authority: CertificateAuthority,
         names: Names,
         capacity: int | None = None,
+        http2: Bounds | None = None,
+        stream_idle_s: float = 600.0,
     ) -> None:
-        """capacity: agent connections at a time, by default what the process' descriptors allow; more are reset."""
+        """capacity: agent connections at a time, by default what the process' descriptors allow; more are reset.
+        http2: spoken, within these bounds. stream_idle_s: how long a gRPC request may be silent."""
         self.pipeline = pipeline
         self.targets = targets
         self._limits = limits
@@ -131,7 +72,12 @@ class Gateway:
         self._servers: list[asyncio.Server] = []
         self._loops: list[asyncio.Task[None]] = []
         self._tunnels = Tunnels(pipeline)
+        self._http2 = Http2(self, http2) if http2 is not None else None
+        self._grpc_limits = replace(limits, body_s=stream_idle_s)
+        if http2 is not None:
+            authority.offer_http2()
         self._sorting = 0
+        self._draining = False
         self._capacity = capacity
         self._crowded = False
 
@@ -142,12 +88,14 @@ class Gateway:
         loop = asyncio.get_running_loop()
 
         def connection() -> asyncio.Protocol:
-            if self._full(link):
-                return _Turned()
+            if not self._admits(link):
+                return Turned()
             flow = Flow(id=next(self._ids), link=link, way=way, peer="")
-            return cast(asyncio.Protocol, self._downstream(flow, None))
+            if self._http2 is not None:
+                return self._http2.entry(flow, None)
+            return cast(asyncio.Protocol, self.converse(flow, None))
 
-        self._servers.append(await loop.create_server(connection, sock=sock))
+        self._servers.append(await loop.create_server(connection, sock=sock, backlog=BACKLOG))
 
     def listen_transparent(self, sock: socket.socket, link: str) -> None:
         """A listener inside an agent's namespace, fed by REDIRECT."""
@@ -164,16 +112,20 @@ class Gateway:
                 await asyncio.sleep(0.05)  # out of descriptors: the backlog keeps the others waiting
                 continue
             sock.setblocking(False)
-            if self._full(link):
+            if not self._admits(link):
                 reset(sock)
                 continue
             self.pipeline.spawn(self._redirected(sock, str(peer[0]), link))
+
+    def _admits(self, link: str) -> bool:
+        arrivals = self.pipeline.protection.arrivals
+        return not self._full(link) and (arrivals is None or arrivals.admit(link))
 
     def _full(self, link: str) -> bool:
         """Whether one more connection is too many; said once each time it comes to that."""
         if self._capacity is None:
             self._capacity = room()
-        crowded = len(self._open) + len(self._tunnels) + self._sorting >= self._capacity
+        crowded = self.connections >= self._capacity
         if crowded and not self._crowded:
             log.warning("%s: more than %d connections at a time; further ones are reset", link, self._capacity)
         self._crowded = crowded
@@ -207,7 +159,16 @@ class Gateway:
         if agent is None:
             reset(sock)
             return
+        agents = self.pipeline.protection.agents
+        share = agents.of(agent.id) if agents is not None else None
         self._sorting += 1
+        try:
+            if share is not None:
+                share.connect()
+        except CretoError as error:
+            self._sorting -= 1
+            self._refuse_flow(sock, flow, agent, error)
+            return
         try:
             await self._sort(sock, flow, agent)
         except CretoError as error:
@@ -216,6 +177,8 @@ class Gateway:
             self._refuse_flow(sock, flow, agent, Permanent(str(error) or "connection broken", reason="bad_connection"))
         finally:
             self._sorting -= 1
+            if share is not None:
+                share.disconnect()  # what became of it has counted itself by now
 
     async def _sort(self, sock: socket.socket, flow: Flow, agent: Agent) -> None:
         name = flow.bound_names[0] if flow.bound_names else None
@@ -233,9 +196,30 @@ class Gateway:
                 'Neither HTTP nor TLS. Plain TCP needs a rule: [egress] allow = ["tcp://host:port"].',
             )
 
-    async def _http(self, sock: socket.socket, flow: Flow, agent: Agent) -> None:
+    async def _http(
+        self, sock: socket.socket, flow: Flow, agent: Agent, context: ssl.SSLContext | None = None
+    ) -> None:
+        """Speaks HTTP on that socket from now on, under TLS with ``context``. Raises OSError when TLS fails."""
         loop = asyncio.get_running_loop()
-        await loop.connect_accepted_socket(lambda: self._downstream(flow, agent), sock)
+        timeout_s = None if context is None else 10.0
+        if self._http2 is not None:
+            entry = self._http2.entry(flow, agent)
+            try:
+                await loop.connect_accepted_socket(lambda: entry, sock, ssl=context, ssl_handshake_timeout=timeout_s)
+            except BaseException:
+                self._http2.never_connected(entry)
+                raise
+            return
+        conversation = Conversation(self, flow, agent)
+        protocol = self._open[conversation] = self._downstream(conversation, flow)
+        try:
+            await loop.connect_accepted_socket(lambda: protocol, sock, ssl=context, ssl_handshake_timeout=timeout_s)
+        except BaseException:
+            self.closed(conversation)  # a protocol that was never connected is not told that it was lost
+            raise
+        agents = self.pipeline.protection.agents
+        if agents is not None and conversation in self._open:
+            conversation.seated(agents.of(agent.id))
 
     async def _tls(self, sock: socket.socket, flow: Flow, agent: Agent, hello: Hello) -> None:
         name = hello.sni
@@ -256,21 +240,48 @@ class Gateway:
             return
         # A host that is not allowed is intercepted too, so that the refusal can be read instead of guessed.
         flow.tls = True
-        loop = asyncio.get_running_loop()
-        await loop.connect_accepted_socket(
-            lambda: self._downstream(flow, agent), sock, ssl=self._authority.context(name), ssl_handshake_timeout=10.0
-        )
+        await self._http(sock, flow, agent, self._authority.context(name))
 
-    def _downstream(self, flow: Flow, agent: Agent | None) -> Downstream:
+    def converse(self, flow: Flow, agent: Agent | None) -> Downstream:
+        """The protocol of a connection that speaks HTTP/1."""
         conversation = Conversation(self, flow, agent)
-        protocol = Downstream(conversation, limits=self._limits, scheme="https" if flow.tls else "http")
-        self._open[conversation] = protocol
+        protocol = self._open[conversation] = self._downstream(conversation, flow)
+        agents = self.pipeline.protection.agents
+        if agent is not None and agents is not None:
+            conversation.seated(agents.of(agent.id))
         return protocol
+
+    def converse_in_stream(self, flow: Flow, agent: Agent | None, grpc: bool) -> Downstream:
+        """The protocol of one HTTP/2 stream, which the relay takes for a connection."""
+        conversation = StreamConversation(self, flow, agent, grpc)
+        limits = self._grpc_limits if grpc else self._limits
+        protocol = self._open[conversation] = self._downstream(conversation, flow, limits)
+        return protocol
+
+    def count_connection(self, agent: Agent | None) -> Callable[[], None]:
+        """Counts an HTTP/2 connection as one of its agent's; what comes back takes that back."""
+        agents = self.pipeline.protection.agents
+        if agent is None or agents is None:
+            return lambda: None
+        share = agents.of(agent.id)
+        share.connections += 1
+        return share.disconnect
+
+    def _downstream(self, conversation: Conversation, flow: Flow, limits: Limits | None = None) -> Downstream:
+        lanes = self.pipeline.lanes
+        return Downstream(
+            conversation,
+            limits=limits or self._limits,
+            scheme="https" if flow.tls else "http",
+            lane=None if lanes is None else lanes.lane(flow),
+        )
 
     async def connect(self, conversation: Conversation, exchange: Exchange, flow: Flow, request: Request) -> None:
         """CONNECT: granted when the name may be reached; what flows inside is then judged like any connection."""
         address = literal(request.host)
         try:
+            if flow.http2:
+                raise Permanent("Open tunnels by HTTP/1.1 CONNECT.", reason="connect_in_http2", status=501)
             self.pipeline.recorder.require()
             if address is None:
                 decision = self.pipeline.egress.name_decision(request.agent, request.host, request.port)
@@ -288,7 +299,7 @@ class Gateway:
         if leftover:
             transport.abort()  # RFC 9110 section 9.3.6: tunnel bytes come after the 2xx
             return
-        sock = _dup(transport)
+        sock = duplicate(transport)
         inner = Flow(
             id=flow.id,
             link=flow.link,
@@ -315,6 +326,12 @@ class Gateway:
         if agent is not None:
             self._record_refusal(flow, agent, error, status, request, exchange.head.method)
 
+    def refuse_unread(self, flow: Flow, agent: Agent | None, error: CretoError) -> None:
+        """Records what could not even be read as a request, when it is known whose it was."""
+        agent = agent or self.pipeline.identify(flow)
+        if agent is not None:
+            self._record_refusal(flow, agent, error, error.status, None, "")
+
     def _refuse_flow(self, sock: socket.socket, flow: Flow, agent: Agent, error: CretoError) -> None:
         self._record_refusal(flow, agent, error, 0, None, "")
         reset(sock)
@@ -337,7 +354,7 @@ class Gateway:
             request = bare_request(flow, agent, "http" if status else "tcp", action, scheme, host, now)
             request.method = method
         decision = error.decision if isinstance(error, Refused) else None
-        self.pipeline.recorder.record(
+        self.pipeline.record(
             self.pipeline.outcome(
                 request,
                 decision,
@@ -350,7 +367,8 @@ class Gateway:
                 held_ns=0,
                 upstream_ns=0,
                 total_ns=0,
-            )
+            ),
+            decision,
         )
 
     def name_refused(self, link: str, agent: Agent, name: str, decision: Decision) -> None:
@@ -363,70 +381,71 @@ class Gateway:
 
     def closed(self, conversation: Conversation) -> None:
         self._open.pop(conversation, None)
+        conversation.give_place()
 
-    async def stop(self, grace_s: float = 5.0) -> None:
-        """Stops accepting, lets what is under way end for ``grace_s``, then breaks it."""
+    def open(self) -> Iterable[tuple[Conversation, Downstream]]:
+        """The connections that speak HTTP."""
+        return self._open.items()
+
+    def begins(self, conversation: Conversation) -> None:
+        """A request begins; while this process drains, its answer is the last one of its connection."""
+        if self._draining and (protocol := self._open.get(conversation)) is not None:
+            protocol.drain()
+
+    @property
+    def connections(self) -> int:
+        """Connections of agents that are open now; a stream of HTTP/2 counts, it may need one to its upstream."""
+        return len(self._open) + len(self._tunnels) + self._sorting + (len(self._http2) if self._http2 else 0)
+
+    async def stop(self, grace_s: float = 5.0, *, replaced: bool = False) -> None:
+        """Stops accepting, lets what is under way end for ``grace_s``, then breaks it.
+
+        replaced: another process accepts from the same sockets, so nothing hurries. A connection between requests is
+        kept until the answer to its next one says that it closes: an agent that is just writing loses nothing.
+        """
         for task in self._loops:
             task.cancel()
         for server in self._servers:
             server.close()
+        self._draining = True
+        if self.pipeline.lanes is not None:
+            self.pipeline.lanes.close()
+        if self._http2 is not None:
+            self._http2.drain(replaced=replaced)
+        for protocol in list(self._open.values()):
+            if protocol.exchange is not None or not replaced:
+                protocol.drain()
+        deadline = asyncio.get_running_loop().time() + grace_s
+        while (self._busy() or (replaced and self.connections)) and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(0.01)
+        if replaced and self._http2 is not None:
+            self._http2.drain()
         for protocol in list(self._open.values()):
             protocol.drain()
-        deadline = asyncio.get_running_loop().time() + grace_s
-        while self._busy() and asyncio.get_running_loop().time() < deadline:
-            await asyncio.sleep(0.01)
         self._tunnels.abort()
         for task in list(self.pipeline.tasks):
             task.cancel()
-        for conversation in list(self._open):
+        for conversation, protocol in list(self._open.items()):
             conversation.abort()
+            exchange = protocol.exchange
+            if exchange is not None and exchange.lane is not None:
+                exchange.abort()
         deadline = asyncio.get_running_loop().time() + _RECORDING_S
         while self._recording() and asyncio.get_running_loop().time() < deadline:
             await asyncio.sleep(0.01)
+        if self._http2 is not None:
+            self._http2.abort()
 
     def _busy(self) -> bool:
         return bool(self.pipeline.tasks) or self._recording()
 
     def _recording(self) -> bool:
         """Whether something is open that leaves a record when it closes."""
-        return bool(self._tunnels) or any(each.busy for each in self._open)
-
-
-def room() -> int:
-    """Agent connections that fit into this process' descriptors, of which it takes as many as it may have: each needs
-    another to its upstream, and idle ones to upstreams are kept."""
-    _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
-    if limit == resource.RLIM_INFINITY:
-        return 1 << 20
-    return max(1, (limit - _RESERVED_DESCRIPTORS) // 3)
-
-
-class _Turned(asyncio.Protocol):
-    """A connection that is one too many."""
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        cast(asyncio.Transport, transport).abort()
+        return bool(self._tunnels) or any(each.exchange is not None for each in self._open.values())
 
 
 def _hint(name: str, decision: Decision) -> str:
     return f"; to allow it: --allow {name}, or [egress] allow" if decision.reason == "host_not_allowed" else ""
-
-
-def raw_response(status: int, headers: list[tuple[str, str]], body: bytes) -> bytes:
-    """A complete HTTP/1.1 response that closes the connection."""
-    fields = "".join(f"{name}: {value}\r\n" for name, value in headers)
-    head = f"HTTP/1.1 {status} \r\n{fields}Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
-    return head.encode("latin-1") + body
-
-
-def _dup(transport: asyncio.Transport) -> socket.socket:
-    """The socket under a transport, kept open while the transport itself is let go without a FIN or RST."""
-    sock = transport.get_extra_info("socket")
-    copy = socket.fromfd(sock.fileno(), sock.family, sock.type)
-    copy.setblocking(False)
-    transport.close()
-    return copy
 
 
 def _denied(reason: str, detail: str, status: int = 403) -> Refused:

@@ -1,9 +1,9 @@
 """One record per outcome, durable before the agent sees the end of its answer; everything else is derived from it.
 
-``Recorder`` appends outcomes to this process' journal. ``Replay`` feeds journal segments, its own and those orphaned
-by processes that died, to the consumers (ledger, audit log) in a worker thread. A segment belongs to whoever holds
-the lock of its worker, so each is applied by one process at a time; consumers keep their position in the same
-transaction as what they derived, so a crash replays and neither loses nor doubles.
+``Recorder`` appends outcomes to this process' journal. ``Replay`` feeds journal segments to the consumers (ledger,
+audit log) in a worker thread: its own, those of the processes it ``follow``s, and those orphaned by processes that
+died. A segment belongs to whoever holds the lock of its worker, so each is applied by one process at a time; consumers
+keep their position in the same transaction as what they derived, so a crash replays and neither loses nor doubles.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 
 import msgpack
 
+from creto_hotpath import express
 from creto_hotpath.journal import Journal, JournalBusy, JournalCorrupt, read_frames, recover, segments
 from creto_platform.audit import Audit
 from creto_proxy.errors import Transient
@@ -28,8 +29,11 @@ from creto_proxy.model import Outcome, Usage
 log = logging.getLogger("creto.journal")
 
 BATCH = 2000
-# Ledger and audit log are synced per batch, so a little patience is worth hundreds of records in one.
+# How often other processes' journals are looked at. Ledger and audit log are synced per batch, so a little patience is
+# worth hundreds of records in one.
 GATHER_S = 0.2
+# How often a process that lives long looks for journals of others that have died.
+ADOPT_EVERY_S = 5.0
 # Consumers are derived state: a failing one is retried, ever more slowly, while the journal keeps everything.
 RETRY_S = (0.2, 1.0, 5.0, 15.0)
 # How long a dead worker's segments stay after everything was derived from them: a lost ledger can be made again, an
@@ -53,6 +57,48 @@ def encode(outcome: Outcome) -> bytes:
     return packed
 
 
+# What is only known when an exchange ends.
+_FACTS = {
+    "id": express.ID,
+    "at_unix_ns": express.AT,
+    "target": express.TARGET,
+    "status": express.STATUS,
+    "error": express.ERROR,
+    "bytes_up": express.BYTES_UP,
+    "bytes_down": express.BYTES_DOWN,
+    "creto_ns": express.CRETO_NS,
+    "upstream_ns": express.UPSTREAM_NS,
+    "total_ns": express.TOTAL_NS,
+    "trace": express.TRACE,
+}
+
+
+def template(outcome: Outcome) -> tuple[bytes | int, ...]:
+    """What ``encode`` gives, with a number of ``creto_hotpath.express`` in place of each fact of the exchange."""
+    parts: list[bytes | int] = [_pack_header(len(_FIELDS))]
+    for name in _FIELDS:
+        fact = _FACTS.get(name)
+        if fact is not None:
+            parts.append(fact)
+            continue
+        value = getattr(outcome, name)
+        if name == "usage":
+            value = [value.certainty, value.provider, value.model, value.tokens, value.cost_nano_usd]
+        packed: bytes = _pack(value)
+        last = parts[-1]
+        if isinstance(last, bytes):
+            parts[-1] = last + packed
+        else:
+            parts.append(packed)
+    return tuple(parts)
+
+
+def _pack_header(size: int) -> bytes:
+    """A msgpack array header."""
+    packed: bytes = _pack([None] * size)
+    return packed[:-size]
+
+
 def decode(payload: bytes) -> Outcome:
     """The inverse of ``encode``. Raises ValueError when the payload is not an outcome."""
     try:
@@ -73,10 +119,25 @@ def decode(payload: bytes) -> Outcome:
 class Recorder:
     """The audit stage. While ``healthy`` is False (full disk) new flows are refused."""
 
-    def __init__(self, journal: Journal, wake: threading.Event) -> None:
+    def __init__(self, journal: Journal, wake: threading.Event | None = None) -> None:
+        """wake: set for a ``Replay`` in this process, which need not look by itself then."""
         self._journal = journal
         self._wake = wake
-        self.dirty = False  # written since the last sync
+
+    @property
+    def dirty(self) -> bool:
+        """Whether something was written since the last sync."""
+        return self._journal.unsynced
+
+    @property
+    def journal(self) -> Journal:
+        """For lanes, which write their records themselves."""
+        return self._journal
+
+    @property
+    def records(self) -> int:
+        """Outcomes since the start."""
+        return self._journal.records
 
     @property
     def healthy(self) -> bool:
@@ -89,10 +150,6 @@ class Recorder:
             self._journal.flush()
         except OSError as error:
             log.error("the journal cannot be written (%s); new requests are refused until it can", error)
-            return
-        self.dirty = True
-        if not self._wake.is_set():
-            self._wake.set()
 
     def probe(self) -> bool:
         """Tries again to write what a full disk kept back; True when the journal is healthy again."""
@@ -109,8 +166,9 @@ class Recorder:
 
     def sync(self) -> None:
         """Forces what is written onto the disk (fdatasync): survives the death of the machine."""
-        self.dirty = False
         self._journal.sync()
+        if self._wake is not None:
+            self._wake.set()
 
     def close(self) -> None:
         self._journal.close()
@@ -174,34 +232,76 @@ class Replay:
         worker: str,
         consumers: Sequence[Consumer],
         *,
+        follows: bool = False,
+        lock: int | None = None,
         now_s: Callable[[], float] = time.time,
     ) -> None:
         """Takes the lock of ``worker``; before its first segment is made, so that no other process adopts it.
-        Raises OSError when that is not possible."""
+
+        follows: other processes write, and may die, while this one lives; it looks for what is new every ``GATHER_S``.
+        lock: its descriptor, where an earlier program image in this process has taken it. Raises OSError.
+        """
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._directory = directory
         self._consumers = tuple(consumers)
+        self._patience_s = GATHER_S if follows else None
         self._now_s = now_s
         self.wake = threading.Event()
         self._stop = threading.Event()
         self._worker = worker
         self._failures = 0
         self._orphans = True  # there may be segments of dead workers that are not applied yet
+        self._adopt_at = time.monotonic() + ADOPT_EVERY_S
+        self._adopted: set[str] = set()
         self._damaged: set[Path] = set()
-        self._lock = _lock(self._lock_file(worker))
+        self._finished: set[Path] = set()
+        self._positions: dict[tuple[str, str], int] = {}
+        self._locks = {worker: _lock(self._lock_file(worker)) if lock is None else lock}
+        self._ended: set[str] = set()
+        self._guard = threading.Lock()  # for the two above, which the loop's thread changes
         self._thread = threading.Thread(target=self._run, name="creto-replay", daemon=True)
 
+    @property
+    def healthy(self) -> bool:
+        """False while a consumer fails or a journal cannot be read; it is tried again."""
+        return self._failures == 0
+
+    @property
+    def lock(self) -> int:
+        """The descriptor of the lock of its own worker."""
+        return self._locks[self._worker]
+
+    def follow(self, worker: str, lock: int | None = None) -> int:
+        """Applies what ``worker`` writes, from now on until it has ``ended``; the descriptor of its lock.
+
+        To be called before the process begins its journal. The process may inherit the descriptor: then the lock
+        outlives this process, and nobody takes a journal for complete that is still written. lock: the descriptor,
+        where another program image in this process has taken it. Raises OSError.
+        """
+        taken = _lock(self._lock_file(worker)) if lock is None else lock
+        with self._guard:
+            self._locks[worker] = taken
+        return taken
+
+    def ended(self, worker: str) -> None:
+        """The process behind a followed journal is gone: the rest is applied, then the lock is let go."""
+        with self._guard:
+            self._ended.add(worker)
+        self.wake.set()
+
     def start(self) -> None:
-        """Adopts the segments of dead workers, then follows the journal until ``stop``."""
+        """Adopts the segments of dead workers, then follows the journals until ``stop``."""
         self._thread.start()
 
-    def stop(self, timeout_s: float = 10.0) -> bool:
+    def stop(self, timeout_s: float = 10.0, *, keep: bool = False) -> bool:
         """Applies what is left; False when consumers could not keep up or kept failing. Nothing is lost then either:
-        the next process adopts the segments."""
+        the next process adopts the segments. keep: the locks stay taken, for the next program image."""
         self._stop.set()
         self.wake.set()
         self._thread.join(timeout_s)
-        os.close(self._lock)
+        if not keep:
+            for lock in self._locks.values():
+                os.close(lock)
         return not self._thread.is_alive() and self._failures == 0
 
     def _run(self) -> None:
@@ -214,24 +314,55 @@ class Replay:
             if self._failures:
                 self._stop.wait(RETRY_S[min(self._failures, len(RETRY_S)) - 1])
             else:
-                self.wake.wait()
+                self.wake.wait(self._patience_s)
 
     def _pass(self) -> bool:
         """Everything there is, once; False when some of it has to be tried again."""
         try:
+            if self._patience_s is not None and time.monotonic() >= self._adopt_at:
+                self._orphans = True
+                self._adopt_at = time.monotonic() + ADOPT_EVERY_S
             if self._orphans:
                 self._orphans = not self._adopt()
-            return self._catch_up(segments(self._directory, self._worker)) and not self._orphans
+            return self._follow_all() and not self._orphans
         except Exception:  # a worker thread's outermost boundary: keep following, the journal holds everything
             log.exception("the journal cannot be read; it is tried again")
             return False
+
+    def _follow_all(self) -> bool:
+        with self._guard:
+            followed, ended = set(self._locks), set(self._ended)
+        written: dict[str, list[Path]] = {worker: [] for worker in followed}
+        for path in segments(self._directory):
+            if (worker := _worker_of(path)) in followed:
+                written[worker].append(path)
+        done = True
+        for worker, paths in written.items():
+            if worker in ended:
+                done = self._let_go(worker) and done
+            elif paths:
+                done = self._catch_up([path for path in paths if path not in self._finished]) and done
+                # What comes before the newest segment is complete, and now it is applied.
+                self._finished.update(paths[:-1] if done else ())
+        return done
+
+    def _let_go(self, worker: str) -> bool:
+        if not self._adopt_worker(worker):
+            return False
+        with self._guard:
+            os.close(self._locks.pop(worker))
+            self._ended.discard(worker)
+        self._adopted.add(worker)
+        return True
 
     def _adopt(self) -> bool:
         """Applies what dead workers left, one worker at a time: a week of runs is more than there are descriptors."""
         done = True
         workers = {path.stem for path in self._directory.glob("*.lock")}
         workers.update(_worker_of(path) for path in segments(self._directory))
-        for worker in sorted(workers - {self._worker}):
+        with self._guard:
+            workers -= self._locks.keys()
+        for worker in sorted(workers - self._adopted):
             try:
                 lock = _lock(self._lock_file(worker))
             except BlockingIOError:
@@ -241,9 +372,12 @@ class Replay:
                 done = False
                 continue
             try:
-                done = self._adopt_worker(worker) and done
+                adopted = self._adopt_worker(worker)
             finally:
                 os.close(lock)
+            if adopted:
+                self._adopted.add(worker)
+            done = done and adopted
         return done
 
     def _adopt_worker(self, worker: str) -> bool:
@@ -259,6 +393,10 @@ class Replay:
         except OSError as error:
             log.error("the journal of %s cannot be adopted yet: %s", worker, error)
             return False
+        for path in paths:
+            self._finished.discard(path)
+            for consumer in self._consumers:
+                self._positions.pop((consumer.name, path.name), None)
         return True
 
     def _repair(self, path: Path) -> None:
@@ -293,10 +431,14 @@ class Replay:
         return done
 
     def _apply(self, consumer: Consumer, path: Path) -> None:
+        key = consumer.name, path.name
         while True:
-            records, upto = self._read(path, consumer.position(path.name))
+            # Asked once: while its lock is held here, nobody else moves it.
+            start = self._positions.pop(key, None)
+            records, upto = self._read(path, consumer.position(path.name) if start is None else start)
             if records:
                 consumer.apply(path.name, records, upto)
+            self._positions[key] = upto
             if len(records) < BATCH:
                 return
 
@@ -305,7 +447,7 @@ class Replay:
         records: list[Outcome] = []
         upto = start
         try:
-            for payload, end in read_frames(path, start):
+            for payload, end in self._frames(path, start):
                 records.append(decode(payload))
                 upto = end
                 if len(records) == BATCH:
@@ -316,6 +458,21 @@ class Replay:
                 self._damaged.add(path)
                 log.error("%s: what follows byte %d is not applied: %s", path, upto, error)
         return records, upto
+
+    def _frames(self, path: Path, start: int) -> Iterator[tuple[bytes, int]]:
+        """The frames from ``start`` on. What looks damaged in a segment that is being written was only half there when
+        it was read and had others behind it a moment later; damage is what is still there at a second look."""
+        looked = -1
+        while True:
+            try:
+                for payload, end in read_frames(path, start):
+                    start = end
+                    yield payload, end
+                return
+            except JournalCorrupt as error:
+                if error.offset == looked:
+                    raise
+                looked = error.offset
 
     def _lock_file(self, worker: str) -> Path:
         return self._directory / f"{worker}.lock"

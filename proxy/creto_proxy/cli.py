@@ -35,6 +35,9 @@ FAILED, MISUSED, UNSUPPORTED, INTERRUPTED = 1, 2, 3, 130
 COMMANDS: Mapping[str, tuple[str, str]] = {
     "run": ("creto_proxy.commands.run:run", "Run a command as a governed agent."),
     "sidecar": ("creto_proxy.commands.sidecar:sidecar", "Listen for agents as a forward or reverse proxy."),
+    "status": ("creto_proxy.commands.node:status", "Show the running sidecars and their workers."),
+    "reload": ("creto_proxy.commands.node:reload", "Have running sidecars take their configuration anew."),
+    "top": ("creto_proxy.commands.top:top", "Show what a running creto does right now."),
     "init": ("creto_proxy.commands.init:init", "Write a configuration and policies to start from."),
     "config": ("creto_proxy.commands.config:config", "Check and show the configuration."),
     "doctor": ("creto_proxy.commands.doctor:doctor", "Say what this machine can do, and what to change."),
@@ -116,6 +119,11 @@ class Operator:
         """A setting given on the command line, strongest of all; to be called before ``config`` is used."""
         self._overrides[section, key] = value
         self.__dict__.pop("_configured", None)
+
+    def reread(self) -> tuple[Config, tuple[Found, ...]]:
+        """The configuration as files and environment say it now, and its plugins; ``config`` is this one afterwards."""
+        self.__dict__.pop("_configured", None)
+        return self._configured
 
     def emit(self, rows: Table | Sequence[Mapping[str, object]], document: Any) -> None:
         """Prints ``document`` under ``--json``, else ``rows``: a rich table, or one mapping per row."""

@@ -29,15 +29,23 @@ from creto_proxy.layers import Draft, KeyPath, dotted, read, source_of
 from creto_proxy.settings import (
     CORE,
     RESERVED,
+    Admin,
     Common,
     HostPattern,
+    Http2,
     Limits,
     Listen,
     Network,
+    Observe,
     Plugins,
     Policy,
+    Protect,
+    Protocols,
     ReverseRoute,
     Run,
+    Sidecar,
+    Upstream,
+    WebSocket,
     default_state_dir,
     login_name,
 )
@@ -62,9 +70,17 @@ class Config:
     network: Network
     zones: Mapping[str, tuple[str, ...]]
     listen: Listen
+    sidecar: Sidecar
     reverse: tuple[ReverseRoute, ...]
     policy: Policy
+    protocols: Protocols
     limits: Limits
+    websocket: WebSocket
+    http2: Http2
+    upstream: Upstream
+    protect: Protect
+    admin: Admin
+    observe: Observe
     plugins: Plugins
     sections: Mapping[str, BaseModel]
     sources: Mapping[KeyPath, str] = field(repr=False)

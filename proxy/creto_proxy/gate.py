@@ -5,13 +5,30 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
+from creto_hotpath.relay import Exchange
 from creto_proxy.deadline import Guard
-from creto_proxy.errors import StageFailed
+from creto_proxy.errors import Held, StageFailed
 from creto_proxy.hookspecs import Client, Gate
 from creto_proxy.model import Decision, Outcome, Request, Verdict
 
 # A gate bounds its own wait by what the agent's client can stand; this only catches one that hangs.
 HOLD_CEILING_S = 900.0
+
+
+class HeldClient:
+    """The agent's connection as a gate sees it while a call is held."""
+
+    __slots__ = ("_exchange",)
+
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange = exchange
+
+    def interim(self, status: int) -> None:
+        self._exchange.interim(status)
+
+    @property
+    def gone(self) -> bool:
+        return bool(self._exchange.over)
 
 
 class Gates:
@@ -58,3 +75,12 @@ class Gates:
 async def _hold(gate: Gate, request: Request, decision: Decision, client: Client) -> Decision:
     """A coroutine whatever the plugin made of its method, so that it is guarded from its first line."""
     return await gate.hold(request, decision, client)
+
+
+def pending(decision: Decision) -> Held:
+    """What an agent is told whose call a person has not answered yet."""
+    return Held(
+        decision.detail or "A person must approve this. Retry the identical request; do not change arguments.",
+        approval_id=str(decision.facts.get("approval_id", "")),
+        facts=decision.facts,
+    )

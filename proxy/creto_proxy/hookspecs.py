@@ -17,9 +17,9 @@ Hooks that a plugin does not implement cost nothing.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias, runtime_checkable
 
 import pluggy
 
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from creto_platform import Platform
 
 API_VERSION = 1
+
+Role = Literal["single", "worker", "controller"]
 
 hookspec = pluggy.HookspecMarker("creto")
 hookimpl = pluggy.HookimplMarker("creto")
@@ -46,13 +48,21 @@ class Clock(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Core:
-    """What the core lends to a plugin. state_dir is private (0700) and survives restarts; run is this process' id."""
+    """What the core lends to a plugin. state_dir is private (0700) and survives restarts; run is this run's id.
+
+    role: "single" for a process that does everything (``creto run``). Under ``creto sidecar`` each "worker" carries
+    requests, and the one "controller" per node carries none: it feeds consumers and is where a plugin runs what must
+    happen once per node, such as sweeps and timers. Every process constructs and starts the plugin.
+    providers: hosts that the configuration says are model providers, and which one each is.
+    """
 
     platform: Platform
     clock: Clock
     state_dir: Path
     policies_dir: Path
     run: str
+    role: Role = "single"
+    providers: Mapping[str, str] = field(default_factory=dict)
 
 
 class Identifier(Protocol):
@@ -66,6 +76,10 @@ class Authorizer(Protocol):
 
     ``body_limit`` is asked first: 0 to decide on the head alone, N to be given up to N bytes of complete body in
     ``request.body`` (a larger body is refused with 413).
+
+    A stage may have one more method, ``lease(request) -> Lease | None``, asked about a request it has just allowed: the
+    answer says that it holds for others of the same shape, which then do not come here for a second. Without it, or
+    with None, every request does.
     """
 
     def body_limit(self, request: Request) -> int: ...
@@ -103,6 +117,9 @@ class EgressGuard(Protocol):
     ``name_allowed`` is asked by DNS (port None: "on any port?") and again per connection with the real port;
     ``address_allowed`` is asked for every address of an answer and again at dial time. ``tls_mode`` says what to do
     with TLS for that name: "intercept", "splice"; ``raw_tcp`` whether bytes that are neither TLS nor HTTP may pass.
+
+    A guard whose class says ``stable = True`` answers by its arguments and its settings alone, so that requests like
+    one it has just let through need not come here for a second.
     """
 
     def name_allowed(self, agent: Agent, name: str, port: int | None) -> Decision: ...
@@ -146,6 +163,27 @@ class Meter(Protocol):
     def edits(self, request: Request) -> Edits | None: ...
     def tap(self, request: Request, status: int, content_type: str) -> Tap | None: ...
     def settle(self, request: Request, tap: Tap | None, *, status: int, completed: bool) -> Usage: ...
+
+
+# "up" is from the agent to the upstream, "down" back.
+Direction: TypeAlias = Literal["up", "down"]
+MessageKind: TypeAlias = Literal["text", "binary"]
+
+
+class MessageWatch(Protocol):
+    """Sees every message of one WebSocket, complete and in order, before the other side does.
+
+    ``message`` returns the payload that goes on (``data`` itself or another; UTF-8 when kind is "text"), or a Decision:
+    ALLOW passes ``data`` on, anything else ends the connection with 1008, and its reason stands in the outcome.
+    """
+
+    def message(self, direction: Direction, kind: MessageKind, data: bytes) -> bytes | Decision: ...
+
+
+class Messages(Protocol):
+    """Says, before an upgrade to WebSocket is sent, whether its messages are to be seen; None costs nothing."""
+
+    def open(self, request: Request) -> MessageWatch | None: ...
 
 
 class Consumer(Protocol):
@@ -259,6 +297,9 @@ class Hooks:
     def creto_meter(self) -> Meter | None: ...
 
     @hookspec
+    def creto_messages(self) -> Messages | None: ...
+
+    @hookspec
     def creto_consumer(self) -> Consumer | None: ...
 
     @hookspec
@@ -275,5 +316,6 @@ class Stages:
     guards: tuple[EgressGuard, ...] = ()
     redirects: tuple[Redirect, ...] = ()
     meters: tuple[Meter, ...] = ()
+    messages: tuple[Messages, ...] = ()
     consumers: tuple[Consumer, ...] = ()
     routes: tuple[Routes, ...] = ()

@@ -14,7 +14,10 @@ import enum
 import ipaddress
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+
+if TYPE_CHECKING:
+    from creto_hotpath.quota import QuotaPath, QuotaTable
 
 Address: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -64,7 +67,8 @@ class Flow:
     original: destination the agent dialled (transparent mode only).
     bound_names: names that ``original`` was answered for by our own DNS on this link; for a CONNECT the name asked for.
     port: the port the agent dialled or asked for; 0 where the request itself must say.
-    sni: server name of the TLS session, None on plain connections. tls: it is terminated here.
+    sni: server name of the TLS session, None on plain connections. tls: it is terminated here. http2: the agent speaks
+    HTTP/2, and this is one stream of its connection.
     """
 
     id: int
@@ -77,6 +81,7 @@ class Flow:
     sni: str | None = None
     tls: bool = False
     credentials: str | None = field(default=None, repr=False)
+    http2: bool = False
 
 
 class Headers(Protocol):
@@ -137,6 +142,31 @@ class Decision:
             obligations=tuple(dict.fromkeys(self.obligations + other.obligations)),
             status=self.status,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Charge:
+    """What a request costs on a path of the shared quota table: held before the send, charged at its end.
+
+    amounts: one number for each meter of the path. ttl_ns: how long it is held if nobody ends it.
+    """
+
+    table: QuotaTable
+    path: QuotaPath
+    amounts: tuple[int, ...]
+    ttl_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """A stage's word that its ALLOW holds, for a second, for every request of the same shape.
+
+    The shape is agent, connection, method, scheme, host, port, upgrade and the fields by which protocols are told
+    apart; the path only when ``exact``; never query, body or any other field. charge: what each of them costs.
+    """
+
+    exact: bool = False
+    charge: Charge | None = None
 
 
 @dataclass(frozen=True, slots=True)

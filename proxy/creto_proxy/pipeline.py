@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine
-from dataclasses import dataclass
+from collections.abc import Coroutine, Hashable, Sequence
+from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any
 
@@ -22,14 +22,22 @@ from creto_proxy.authorize import Policy
 from creto_proxy.control import HOST, Control
 from creto_proxy.deadline import Guard
 from creto_proxy.egress import Egress
-from creto_proxy.errors import CretoError, Held, Permanent, Refused, UpstreamUnreachable
-from creto_proxy.gate import Gates
+from creto_proxy.errors import CretoError, Permanent, Refused, Transient, UpstreamUnreachable
+from creto_proxy.express import Lanes
+from creto_proxy.gate import Gates, HeldClient, pending
 from creto_proxy.hookspecs import Authorizer, Client, Clock, Edits, Meter, Tap
 from creto_proxy.identify import Identify
 from creto_proxy.meter import Meters
 from creto_proxy.model import Decision, Outcome, Permit, Request, Usage, Verdict
+from creto_proxy.observe.observer import Nobody, Watcher
+from creto_proxy.observe.tracecontext import Forward
+from creto_proxy.outcome import outcome_of, times_of
+from creto_proxy.protect import InFlight, Protection
 from creto_proxy.refusal import render
+from creto_proxy.revocation import Revocations
+from creto_proxy.target import sent_authority, sent_target
 from creto_proxy.upstream import Upstreams
+from creto_proxy.websocket import Upgrade, Watchers
 
 log = logging.getLogger("creto")
 
@@ -52,6 +60,15 @@ class Pipeline:
     tasks: set[asyncio.Task[None]]
     run: str
     held_body_bytes: int
+    lanes: Lanes | None = None
+    messages: Watchers | None = None
+    protection: Protection = field(default_factory=Protection)
+    observer: Watcher = field(default_factory=Nobody)
+    forward_trace: Forward | None = None
+    revocations: Revocations = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "revocations", Revocations(self.identify, self.guard))
 
     def body_limit(self, request: Request) -> int:
         """The most body any stage wants to see before it decides; 0 when the head is enough."""
@@ -84,8 +101,13 @@ class Pipeline:
         approval in context. Nothing is reserved while a person thinks, and the grant is not spent yet."""
         started = self.clock.now_ns()
         self.meters.release(request)
-        answer = await self.gates.hold(request, decision, client)
+        self.observer.holding(1)
+        try:
+            answer = await self.gates.hold(request, decision, client)
+        finally:
+            self.observer.holding(-1)
         waited = self.clock.now_ns() - started
+        self.observer.held(waited, answer)
         if not answer.allowed:
             return answer, waited
         if client.gone:
@@ -108,6 +130,11 @@ class Pipeline:
         if request.approval is not None and not await self.gates.spend(request):
             raise Refused(Decision(Verdict.DENY, "grant_spent", "This approval has been used already."))
 
+    def record(self, outcome: Outcome, decision: Decision | None) -> None:
+        """Writes it down and counts it: once for everything that ends."""
+        self.recorder.record(outcome)
+        self.observer.request(outcome, decision)
+
     def settle(self, request: Request, outcome: Outcome) -> None:
         """Tells the gates how the send ended; off the loop, because they write it down durably."""
         self.spawn(self.gates.settled(request, outcome))
@@ -119,68 +146,30 @@ class Pipeline:
 
     def outcome(self, request: Request, decision: Decision | None, **facts: Any) -> Outcome:
         """The record of how it ended; refused requests have one too."""
-        agent = request.agent
-        approval = request.approval
-        allowed = decision is not None and decision.allowed
-        asked = decision.facts.get("approval_id", "") if decision is not None else ""
-        return Outcome(
-            id=request.id,
-            at_unix_ns=self.clock.unix_ns(),
-            agent=agent.id,
-            chain=agent.chain,
-            chain_digest=agent.chain_digest,
-            path=agent.path,
-            link=request.flow.link,
-            way=request.flow.way,
-            kind=request.kind,
-            action=request.action,
-            method=request.method,
-            scheme=request.scheme,
-            host=request.host,
-            port=request.port,
-            target=request.path,
-            decision=("approved" if approval is not None else "allow") if allowed else "deny",
-            reason=decision.reason if decision is not None else "",
-            policies=decision.policies if decision is not None else (),
-            approval_id=approval.id if approval is not None else str(asked),
-            run=self.run,
-            resource=request.resource,
-            trace=request.trace,
-            **facts,
-        )
-
-
-class HeldClient:
-    """The agent's connection as a gate sees it while a call is held."""
-
-    __slots__ = ("_exchange",)
-
-    def __init__(self, exchange: Exchange) -> None:
-        self._exchange = exchange
-
-    def interim(self, status: int) -> None:
-        self._exchange.interim(status)
-
-    @property
-    def gone(self) -> bool:
-        return bool(self._exchange.over)
+        return outcome_of(request, decision, at_unix_ns=self.clock.unix_ns(), run=self.run, **facts)
 
 
 class Passage:
     """One HTTP request on its way through the stages."""
 
     __slots__ = (
-        "_decision", "_edits", "_error", "_exchange", "_held_ns", "_outcome", "_pipeline", "_ready_ns", "_reach_ns",
-        "_request", "_sent", "_spent", "_tap", "_waiting_for_body",
+        "_decision", "_edits", "_error", "_exchange", "_held_ns", "_kept", "_key", "_outcome", "_pipeline", "_ready_ns",
+        "_reach_ns", "_request", "_sent", "_share", "_spent", "_tap", "_upgrade", "_waiting_for_body",
     )  # fmt: skip
 
-    def __init__(self, pipeline: Pipeline, exchange: Exchange, request: Request) -> None:
+    def __init__(
+        self, pipeline: Pipeline, exchange: Exchange, request: Request, share: InFlight | None = None
+    ) -> None:
         self._pipeline = pipeline
+        self._share = share
+        self._kept = 0  # bytes of memory set aside for the body
+        self._key: Hashable = None  # of the connection it was sent on
         self._exchange = exchange
         self._request = request
         self._decision: Decision | None = None
         self._edits: Edits | None = None
         self._tap: Tap | None = None
+        self._upgrade: Upgrade | None = None
         self._error = ""
         self._sent = False
         self._spent = False
@@ -196,8 +185,12 @@ class Passage:
         try:
             pipeline.recorder.require()
             if self._request.host == HOST:
+                self._share = None
                 self._collect_or(pipeline.held_body_bytes, self._ask_control)
             else:
+                share, self._share = self._share, None
+                pipeline.protection.admit(share)
+                self._share = share
                 self._collect_or(pipeline.body_limit(self._request), self._decide)
         except CretoError as error:
             self._refuse(error)
@@ -208,6 +201,8 @@ class Passage:
             self._refuse(Permanent("The body is larger than may be inspected.", reason="body_too_large", status=413))
             return
         self._request.body = body
+        self._pipeline.protection.memory.give(self._kept - len(body))
+        self._kept = len(body)
         self._ready_ns = self._pipeline.clock.now_ns()
         try:
             if self._request.host == HOST:
@@ -221,9 +216,20 @@ class Passage:
 
     def _collect_or(self, limit: int, proceed: Any) -> None:
         if limit and self._body_unread():
-            self._exchange.collect(limit)
+            self._collect(limit)
         else:
             proceed()
+
+    def _collect(self, limit: int) -> None:
+        head, memory = self._exchange.head, self._pipeline.protection.memory
+        size = limit if head.chunked else min(limit, head.content_length)
+        try:
+            memory.take(size, last=self._request.host == HOST)
+        except CretoError:
+            self._pipeline.meters.release(self._request)
+            raise
+        self._kept = size
+        self._exchange.collect(limit)
 
     def _body_unread(self) -> bool:
         head = self._exchange.head
@@ -247,7 +253,7 @@ class Passage:
             # A held request is kept whole, because what is approved must be exactly what is sent.
             self._waiting_for_body = decision
             if self._body_unread():
-                self._exchange.collect(self._pipeline.held_body_bytes)
+                self._collect(self._pipeline.held_body_bytes)
             else:
                 self._hold()
         else:
@@ -273,7 +279,7 @@ class Passage:
             elif decision.allowed:
                 self._send()
             elif decision.verdict is Verdict.ESCALATE:
-                raise _pending(decision)
+                raise pending(decision)
             else:
                 raise Refused(decision)
 
@@ -298,32 +304,42 @@ class Passage:
         pipeline = self._pipeline
         try:
             self._edits = pipeline.meters.edits(self._request)
+            if self._exchange.head.upgrade is not None:
+                self._upgrade = Upgrade(self._exchange, self._request, pipeline.messages, pipeline.revocations)
             permit = pipeline.egress.permit_now(self._request)
+            permits: Sequence[Permit] = ()
+            if permit is not None and pipeline.upstreams.health.bad and permit.key in pipeline.upstreams.health.bad:
+                permits = pipeline.upstreams.usable(pipeline.egress.permits_now(self._request) or ())
+                permit = permits[0]
         except CretoError:
             pipeline.meters.release(self._request)
             raise
         # What a person approved once is sent once: never on a connection that may be dead already.
         pooled = permit is not None and self._request.approval is None
-        upstream = pipeline.upstreams.idle(permit) if permit is not None and pooled else None
+        upstream = pipeline.upstreams.idle(permit, self._request) if permit is not None and pooled else None
         if upstream is not None:
+            pipeline.observer.reused()
             self._forward(upstream)
         else:
-            self._wait_for(self._reach(permit))
+            self._wait_for(self._reach(permits))
 
-    async def _reach(self, permit: Permit | None) -> None:
+    async def _reach(self, permits: Sequence[Permit]) -> None:
         pipeline = self._pipeline
         started = pipeline.clock.now_ns()
         try:
-            permit = permit or await pipeline.egress.permit(self._request)
-            upstream = await pipeline.upstreams.connect(permit)
-        except (CretoError, asyncio.CancelledError):
+            permits = permits or pipeline.upstreams.usable(await pipeline.egress.permits(self._request))
+            upstream = await pipeline.upstreams.connect(permits, self._request)
+        except (CretoError, asyncio.CancelledError) as error:
             pipeline.meters.release(self._request)
+            pipeline.observer.connected(error.reason if isinstance(error, CretoError) else "agent_gone")
             raise
         except OSError as error:
             pipeline.meters.release(self._request)
+            pipeline.observer.connected("name_not_found")
             raise UpstreamUnreachable(
                 f"{self._request.host} has no address: {error}.", reason="name_not_found"
             ) from error
+        pipeline.observer.connected("ok")
         self._reach_ns += pipeline.clock.now_ns() - started
         if not self._exchange.over and self._request.approval is not None:
             await self._spend(upstream)
@@ -346,16 +362,36 @@ class Passage:
 
     def _forward(self, upstream: Upstream) -> None:
         self._sent = True
+        self._key = upstream.key
+        self._pipeline.upstreams.retries.requests += 1
         self._exchange.on_response = self._answered
         self._exchange.allow_upgrade = self._request.method == "GET"
         edits = self._edits
+        fields = edits.headers if edits is not None else None
+        if self._upgrade is not None:
+            fields = self._upgrade.attach(upstream, fields)
+        forward_trace = self._pipeline.forward_trace
+        if forward_trace is not None and self._request.trace:
+            fields = forward_trace(self._request.trace, self._request.id, fields)
+        if edits is None and fields is None and self._pipeline.lanes is not None:
+            self._learn(self._pipeline.lanes, upstream)
         self._exchange.forward(
             upstream,
-            target=_target(self._request),
-            host=_authority(self._request),
-            edits=edits.headers if edits is not None else None,
+            target=sent_target(self._request),
+            host=sent_authority(self._request),
+            edits=fields,
             body=self._body_to_send(),
         )
+
+    def _learn(self, lanes: Lanes, upstream: Upstream) -> None:
+        """Lets requests like this one go without being asked about, where every stage agrees."""
+        nothing = {"status": 0, "error": "", "usage": Usage(), "bytes_up": 0, "bytes_down": 0}
+        times = {"creto_ns": 0, "held_ns": 0, "upstream_ns": 0, "total_ns": 0}
+        outcome = self._pipeline.outcome(self._request, self._decision, **nothing, **times)
+        try:
+            lanes.learn(self._request, outcome, self._exchange, upstream, sent_authority(self._request))
+        except CretoError:
+            pass  # a stage failed to say; it is asked again next time
 
     def _body_to_send(self) -> bytes | None:
         """What a person approved is what is sent; otherwise a meter's edited body, or the agent's own."""
@@ -366,13 +402,18 @@ class Passage:
 
     def stale(self) -> None:
         """The connection died before answering: once more, on a fresh one, unless it was a person's one yes."""
-        if self._request.approval is not None:
+        if self._request.approval is not None or not self._pipeline.upstreams.again():
             self._refuse(UpstreamUnreachable(f"{self._request.host} closed the connection.", reason="upstream_closed"))
             return
-        self._wait_for(self._reach(None))
+        self._wait_for(self._reach(()))
 
     def _answered(self, exchange: Exchange, head: ResponseHead) -> Tap | None:
-        if head.status < 200 or head.status == HTTPStatus.SWITCHING_PROTOCOLS:
+        if self._upgrade is not None:
+            try:
+                self._upgrade.answered(head)
+            except CretoError as error:
+                self._refuse(error)
+        if head.status < 200:
             return None
         content_type = (head.headers.get("content-type") or "").partition(";")[0].strip().lower()
         if (head.headers.get("content-encoding") or "identity").lower() != "identity":
@@ -387,20 +428,40 @@ class Passage:
         else:
             self._exchange.abort()
 
-    def _refuse(self, error: CretoError) -> None:
+    @property
+    def expected(self) -> int:
+        """Bytes, at most, of a body that is being collected; 0 when none is."""
+        return self._kept if self._request.body is None else 0
+
+    def overdue(self, status: int, reason: str, detail: str) -> None:
+        """Ends what goes on too slowly: with ``status`` while there is no answer, else by cutting it off."""
+        if self._exchange.first_byte_ns:
+            self._error = reason
+            self.abort()
+        else:
+            self._refuse(Transient(detail, reason=reason, status=status), close=True)
+
+    def _refuse(self, error: CretoError, *, close: bool = False) -> None:
         if isinstance(error, Refused):
             self._decision = error.decision
         else:
             self._error = error.reason
         if not self._exchange.over:
             status, headers, body = render(error, self._request)
-            self._exchange.respond(status, headers, body)
+            self._exchange.respond(status, headers, body, close=close)
 
     def end(self) -> None:
         """Settles and records, before the agent sees the last bytes of its answer."""
         exchange, request, pipeline = self._exchange, self._request, self._pipeline
+        if self._upgrade is not None:
+            self._error = self._upgrade.end() or self._error
         usage = Usage()
+        if self._kept:
+            pipeline.protection.memory.give(self._kept)
+        if self._share is not None:
+            self._share.leave()
         if self._sent:
+            pipeline.upstreams.judge(self._key, exchange.status, self._error or exchange.error)
             usage = pipeline.meters.settle(request, self._tap, status=exchange.status, completed=exchange.completed)
         outcome = pipeline.outcome(
             request,
@@ -410,39 +471,10 @@ class Passage:
             usage=usage,
             bytes_up=exchange.bytes_up,
             bytes_down=exchange.bytes_down,
-            **self._times(),
+            **times_of(exchange, self._ready_ns, self._held_ns, self._reach_ns),
         )
         self._outcome = outcome
         if request.host != HOST:
-            pipeline.recorder.record(outcome)
+            pipeline.record(outcome, self._decision)
         if self._spent:
             pipeline.settle(request, outcome)
-
-    def _times(self) -> dict[str, int]:
-        exchange = self._exchange
-        end = exchange.ended_ns
-        decided = exchange.forwarded_ns or end
-        return {
-            "creto_ns": max(0, decided - self._ready_ns - self._held_ns - self._reach_ns),
-            "held_ns": self._held_ns,
-            "upstream_ns": max(0, end - decided),
-            "total_ns": end - exchange.received_ns,
-        }
-
-
-def _pending(decision: Decision) -> Held:
-    return Held(
-        decision.detail or "A person must approve this. Retry the identical request; do not change arguments.",
-        approval_id=str(decision.facts.get("approval_id", "")),
-        facts=decision.facts,
-    )
-
-
-def _target(request: Request) -> str:
-    return f"{request.sent_path}?{request.query}" if request.query else request.sent_path
-
-
-def _authority(request: Request) -> str:
-    host = f"[{request.host}]" if ":" in request.host else request.host
-    default = 443 if request.scheme == "https" else 80
-    return host if request.port == default else f"{host}:{request.port}"

@@ -44,6 +44,7 @@ STAGES: Mapping[str, tuple[str, type]] = {
     "creto_egress_guard": ("guards", hookspecs.EgressGuard),
     "creto_redirect": ("redirects", hookspecs.Redirect),
     "creto_meter": ("meters", hookspecs.Meter),
+    "creto_messages": ("messages", hookspecs.Messages),
     "creto_consumer": ("consumers", hookspecs.Consumer),
     "creto_routes": ("routes", hookspecs.Routes),
 }

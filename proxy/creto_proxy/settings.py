@@ -110,6 +110,12 @@ def _is_address(text: str) -> bool:
     return True
 
 
+def _absolute(text: str) -> str:
+    if text and not os.path.isabs(text):
+        raise ValueError("should be an absolute path")
+    return text
+
+
 def _json_pointer(text: str) -> str:
     if text and not text.startswith("/") or re.search(r"~(?![01])", text):
         raise ValueError('should be a JSON pointer such as "/messages/0/content" (RFC 6901)')
@@ -203,6 +209,17 @@ class Listen(Section):
     )
 
 
+class Sidecar(Section):
+    workers: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = Field(
+        1, description="`creto sidecar`: processes that carry requests, or \"auto\" for one per processor."
+    )
+
+    @property
+    def slots(self) -> int:
+        """Number of worker processes."""
+        return len(os.sched_getaffinity(0)) if self.workers == "auto" else self.workers
+
+
 class ReverseRoute(Section):
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")] = Field(
         description="First path segment that selects this route."
@@ -230,6 +247,27 @@ class Policy(Section):
     )
 
 
+def _place(text: str) -> str:
+    host, slash, path = text.partition("/")
+    return host_pattern(host) + slash + path
+
+
+class Protocols(Section):
+    mcp: tuple[Annotated[str, AfterValidator(_place)], ...] = Field(
+        (),
+        description="Where every request is MCP, whatever it says of itself: a host, or a host and the beginning of a "
+        'path, "tools.example.com/mcp".',
+    )
+    a2a: tuple[Annotated[str, AfterValidator(_place)], ...] = Field(
+        (), description="Where every request is A2A, likewise."
+    )
+    llm: dict[HostPattern, Word] = Field(
+        default_factory=dict,
+        description="Hosts of model providers besides the public ones, and whose paths and prices they have: "
+        '"vllm.example.com" = "openai".',
+    )
+
+
 class Limits(Section):
     stage_deadline_ms: Annotated[int, Field(ge=10, le=60_000)] = Field(
         250, description="Time a plugin may take in one stage before its request is refused."
@@ -252,6 +290,122 @@ class Limits(Section):
     drain_s: Annotated[float, Field(ge=0, le=3600)] = Field(
         10, description="Time that open exchanges get when creto is told to stop."
     )
+    body_timeout_s: Annotated[float, Field(gt=0, le=3600)] = Field(
+        30, description="Time without a byte of a request body, and before body_min_rate holds; then 408."
+    )
+    body_min_rate: Annotated[int, Field(ge=0, le=1 << 30)] = Field(
+        100, description="Bytes per second that a request body must come at, on average; then 408. 0: any."
+    )
+    stall_timeout_s: Annotated[float, Field(gt=0, le=86_400)] = Field(
+        120, description="Time an agent may go without reading what was written to it; then it is cut off."
+    )
+    stream_idle_timeout_s: Annotated[float, Field(gt=0, le=86_400)] = Field(
+        600, description="Time an upstream may fall silent within an answer, or not read a body; then it is cut off."
+    )
+    connections: Annotated[int, Field(ge=0, le=1 << 24)] = Field(
+        0, description="Agent connections at a time; more are reset. 0: as many as the process' descriptors allow."
+    )
+    connections_per_agent: Annotated[int, Field(ge=0, le=1 << 24)] = Field(
+        0, description="Connections of one agent at a time; then 429 or a reset. 0: no limit."
+    )
+    connections_per_second: Annotated[int, Field(ge=0, le=1_000_000)] = Field(
+        0, description="New connections per second by one link, with a burst of one second's worth; 0: no limit."
+    )
+    requests_per_agent: Annotated[int, Field(ge=0, le=1 << 24)] = Field(
+        0, description="Requests and tunnels of one agent under way at a time, held ones too; then 429. 0: no limit."
+    )
+    held_total_bytes: Annotated[int, Field(ge=0, le=1 << 40)] = Field(
+        256 << 20, description="Request bodies held for decisions and approvals, all together; then 503. 0: no limit."
+    )
+
+
+class Upstream(Section):
+    try_timeout_s: Annotated[float, Field(gt=0, le=600)] = Field(
+        5, description="Time for one address to accept; limits.connect_timeout_s is for all tries together."
+    )
+    retries: Annotated[int, Field(ge=0, le=10)] = Field(
+        1, description="Further tries when no address could be connected to, or a kept connection had died unused."
+    )
+    retry_percent: Annotated[int, Field(ge=0, le=100)] = Field(
+        20, description="Most retries over ten seconds, as a part of the requests in them."
+    )
+    retry_min_per_s: Annotated[float, Field(ge=0, le=10_000)] = Field(
+        10, description="Retries per second that are always allowed, however few requests there are."
+    )
+
+
+class Protect(Section):
+    shed_lag_ms: Annotated[int, Field(ge=0, le=60_000)] = Field(
+        250, description="Median lateness of the event loop from which on new requests are turned away; 0: never."
+    )
+    breaker_failures: Annotated[int, Field(ge=0, le=10_000)] = Field(
+        5, description="Failures in a row after which an upstream address is left alone; 0: never."
+    )
+    breaker_open_s: Annotated[float, Field(gt=0, le=3600)] = Field(
+        1, description="How long at first; it doubles each time in a row."
+    )
+    breaker_open_max_s: Annotated[float, Field(gt=0, le=86_400)] = Field(60, description="How long at most.")
+    eject_s: Annotated[float, Field(ge=0, le=3600)] = Field(
+        10, description="How long an address that did not accept is passed over while others of its name do."
+    )
+    eject_max_percent: Annotated[int, Field(ge=0, le=100)] = Field(
+        50, description="Most addresses of one name that are passed over at a time."
+    )
+
+
+class WebSocket(Section):
+    """Only for connections that a plugin watches; the bytes of others are not looked at."""
+
+    max_message_bytes: Annotated[int, Field(ge=126, le=1 << 30)] = Field(
+        1 << 20, description="Most bytes of one message on a watched WebSocket; a larger one closes it with 1009."
+    )
+
+
+def _host_port(text: str) -> str:
+    host, colon, port = text.rpartition(":")
+    if not colon or not re.fullmatch(r"[1-9][0-9]{0,4}", port) or int(port) > 65535:
+        raise ValueError('should be HOST:PORT, such as "grpc.internal:50051"')
+    return f"{host if _is_address(host) else host_name(host)}:{port}"
+
+
+class Http2(Section):
+    enabled: bool = Field(
+        True, description="Speak HTTP/2 with agents: by ALPN where TLS is intercepted, by prior knowledge elsewhere."
+    )
+    max_streams: Annotated[int, Field(ge=1, le=1000)] = Field(
+        100, description="Streams that an agent may have open on one connection; more are refused."
+    )
+    prior_knowledge: tuple[Annotated[str, AfterValidator(_host_port)], ...] = Field(
+        (),
+        description='Upstreams that are always spoken to in HTTP/2, "HOST:PORT". gRPC over plain TCP always is.',
+    )
+
+
+class Admin(Section):
+    listen: Annotated[HostPort | None, BeforeValidator(_unset)] = Field(
+        None,
+        description="Loopback ADDRESS:PORT for /metrics, /livez, /readyz and /status; not for agents. Empty: off.",
+    )
+
+
+class Observe(Section):
+    # Not a Path: files that are named so belong to the configuration, and what changes in them calls for a reload.
+    access_log: Annotated[str, AfterValidator(_absolute)] = Field(
+        "", description="File that gets a line of JSON for each request, or /dev/stdout. Empty: none."
+    )
+    access_log_bytes: Annotated[int, Field(ge=0, le=1 << 40)] = Field(
+        100 << 20, description="Size at which the access log becomes FILE.1 and a new one begins; 0: never."
+    )
+    access_log_files: Annotated[int, Field(ge=0, le=1000)] = Field(
+        5, description="How many of FILE.1, FILE.2 ... are kept."
+    )
+    otlp_endpoint: Annotated[Annotated[str, AfterValidator(_base_url)] | None, BeforeValidator(_unset)] = Field(
+        None,
+        description="OTLP/HTTP collector that gets a span for each request, http://127.0.0.1:4318. Empty: none.",
+    )
+    trace_ratio: Annotated[float, Field(ge=0, le=1)] = Field(
+        1.0, description="Share of the requests without trace context of their own that get a span."
+    )
 
 
 class Plugins(Section):
@@ -267,8 +421,16 @@ CORE: Mapping[str, type[Section]] = {
     "common": Common,
     "run": Run,
     "listen": Listen,
+    "sidecar": Sidecar,
     "policy": Policy,
+    "protocols": Protocols,
     "limits": Limits,
+    "upstream": Upstream,
+    "protect": Protect,
+    "websocket": WebSocket,
+    "http2": Http2,
+    "admin": Admin,
+    "observe": Observe,
     "plugins": Plugins,
 }
 RESERVED = frozenset({*CORE, "zones", "reverse"})

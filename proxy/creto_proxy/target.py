@@ -18,6 +18,7 @@ from creto_proxy.control import HOST as CONTROL_HOST
 from creto_proxy.egress import literal
 from creto_proxy.errors import Permanent, Refused
 from creto_proxy.model import Agent, Decision, Flow, Kind, Request, Verdict
+from creto_proxy.observe.tracecontext import traceparent
 from creto_proxy.paths import AmbiguousPath, canonical
 
 # Ids must be unique, not secret: seeded by the kernel once instead of a system call per request.
@@ -58,6 +59,18 @@ class Targets:
     def __init__(self, routes: Sequence[ReverseRoute] = ()) -> None:
         # The longest prefix wins, so that "/openai/eu" may stand beside "/openai".
         self._routes = tuple(sorted(routes, key=lambda r: -len(r.prefix)))
+
+    @property
+    def prefixes(self) -> tuple[str, ...]:
+        """First parts of the paths of reverse routes, longest first."""
+        return tuple(route.prefix for route in self._routes)
+
+    def route(self, target: str) -> ReverseRoute | None:
+        """The reverse route of a request target."""
+        for route in self._routes:
+            if target == route.prefix or target.startswith((route.prefix + "/", route.prefix + "?")):
+                return route
+        return None
 
     def request(self, head: RequestHead, flow: Flow, agent: Agent, received_ns: int) -> Request:
         """The normalised request. Raises Permanent (4xx, malformed or not for this listener) or Refused (names
@@ -117,13 +130,11 @@ class Targets:
         )
 
     def _reverse(self, head: RequestHead, flow: Flow, agent: Agent, received_ns: int) -> Request:
-        for route in self._routes:
-            if head.target == route.prefix or head.target.startswith((route.prefix + "/", route.prefix + "?")):
-                rest = head.target[len(route.prefix) :]
-                target = route.path + (rest if rest.startswith("/") or not rest else "/" + rest)
-                return _make(
-                    head, flow, agent, received_ns, route.scheme, route.host, route.port, target or "/"
-                )
+        route = self.route(head.target)
+        if route is not None:
+            rest = head.target[len(route.prefix) :]
+            target = route.path + (rest if rest.startswith("/") or not rest else "/" + rest)
+            return _make(head, flow, agent, received_ns, route.scheme, route.host, route.port, target or "/")
         known = ", ".join(r.prefix for r in self._routes) or "none"
         raise Permanent(f"No [[reverse]] route has this prefix; known: {known}.", reason="no_route", status=404)
 
@@ -162,6 +173,7 @@ def _make(
         headers=head.headers,
         received_ns=received_ns,
         sent_path=sent_path,
+        trace=traceparent(head.headers.getall("traceparent")),
     )
 
 
@@ -189,3 +201,15 @@ def _cut_authority(rest: str) -> tuple[str, str]:
 
 def _denied(reason: str, detail: str, status: int = 403) -> Refused:
     return Refused(Decision(Verdict.DENY, reason, detail, status=status))
+
+
+def sent_target(request: Request) -> str:
+    """The request target that goes to the upstream, as the agent spelled it."""
+    return f"{request.sent_path}?{request.query}" if request.query else request.sent_path
+
+
+def sent_authority(request: Request) -> str:
+    """The Host field that goes to the upstream."""
+    host = f"[{request.host}]" if ":" in request.host else request.host
+    default = 443 if request.scheme == "https" else 80
+    return host if request.port == default else f"{host}:{request.port}"

@@ -34,7 +34,7 @@ from creto_proxy.trust import system_bundle
 MAX_HELLO = 16384
 # Bytes on the wire for it, however finely a client cuts it into records.
 MAX_HELLO_WIRE = 32768
-ALPN = "http/1.1"
+ALPN, ALPN_HTTP2 = "http/1.1", "h2"
 
 _HANDSHAKE, _CLIENT_HELLO = 22, 1
 _SERVER_NAME, _ALPN, _SUPPORTED_VERSIONS = 0, 16, 43
@@ -259,11 +259,24 @@ class CertificateAuthority:
     """
 
     def __init__(
-        self, private_dir: Path | None = None, *, contexts: int = 512, clock: Callable[[], float] = time.time
+        self,
+        private_dir: Path | None = None,
+        *,
+        contexts: int = 512,
+        clock: Callable[[], float] = time.time,
+        exported: bytes | None = None,
     ) -> None:
+        """exported: what another process of the same run got from ``export``. Raises ValueError when it is not that."""
         self._private_dir = private_dir
         self._capacity = contexts
         self._clock = clock
+        self._minted: OrderedDict[str, _Minted] = OrderedDict()
+        self._lock = threading.Lock()
+        self._protocols = [ALPN]
+        if exported is not None:
+            self._key, self._leaf_key, self._certificate = _imported(exported)
+            self._name = self._certificate.subject
+            return
         self._key = ec.generate_private_key(ec.SECP256R1())
         self._leaf_key = ec.generate_private_key(ec.SECP256R1())
         # The name differs from run to run, so that a client that still trusts an old CA does not take it for this one.
@@ -272,8 +285,6 @@ class CertificateAuthority:
             [x509.NameAttribute(NameOID.ORGANIZATION_NAME, "Creto"), x509.NameAttribute(NameOID.COMMON_NAME, label)]
         )
         self._certificate = self._self_signed()
-        self._minted: OrderedDict[str, _Minted] = OrderedDict()
-        self._lock = threading.Lock()
 
     def __repr__(self) -> str:
         return f"CertificateAuthority({self._name.rfc4514_string()!r})"
@@ -282,6 +293,19 @@ class CertificateAuthority:
     def pem(self) -> bytes:
         """The CA certificate, PEM. Public."""
         return self._certificate.public_bytes(serialization.Encoding.PEM)
+
+    def offer_http2(self) -> None:
+        """Contexts made from now on offer HTTP/2 before HTTP/1.1."""
+        self._protocols = [ALPN_HTTP2, ALPN]
+
+    def export(self) -> bytes:
+        """Certificate and keys, for another process of the same run: whoever has this is the CA."""
+        form = serialization.Encoding.DER, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        certificate = self._certificate.public_bytes(serialization.Encoding.DER)
+        return b"".join(
+            len(part).to_bytes(4, "big") + part
+            for part in (self._key.private_bytes(*form), self._leaf_key.private_bytes(*form), certificate)
+        )
 
     def write(self, directory: Path) -> Path:
         """Writes the certificate (not the key) as ``ca.pem`` into ``directory``; its path."""
@@ -293,8 +317,9 @@ class CertificateAuthority:
     def context(self, name: str) -> ssl.SSLContext:
         """The context that answers as ``name``, a lower-case host name or an address literal.
 
-        Offers HTTP/1.1 only and TLS 1.2 or newer. Made on first use (about a millisecond), then kept until it gets old.
-        Raises ValueError when no certificate can be made out for ``name``. May be called from any thread.
+        Offers HTTP/1.1, HTTP/2 when asked to, and TLS 1.2 or newer. Made on first use (about a millisecond), then kept
+        until it gets old. May be called from any thread. Raises ValueError when no certificate can be made out for
+        ``name``.
         """
         now = self._clock()
         with self._lock:
@@ -355,7 +380,7 @@ class CertificateAuthority:
     def _new_context(self, leaf: x509.Certificate) -> ssl.SSLContext:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
-        context.set_alpn_protocols([ALPN])
+        context.set_alpn_protocols(self._protocols)
         with self._loadable(leaf) as (path, password):
             context.load_cert_chain(path, password=password)
         return context
@@ -387,6 +412,22 @@ class CertificateAuthority:
         return self._leaf_key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption)
 
 
+def _imported(
+    exported: bytes,
+) -> tuple[ec.EllipticCurvePrivateKey, ec.EllipticCurvePrivateKey, x509.Certificate]:
+    """The inverse of ``CertificateAuthority.export``."""
+    parts: list[bytes] = []
+    at = 0
+    for _ in range(3):
+        end = at + 4 + int.from_bytes(exported[at : at + 4], "big")
+        parts.append(exported[at + 4 : end])
+        at = end
+    keys = [serialization.load_der_private_key(part, password=None) for part in parts[:2]]
+    if not isinstance(keys[0], ec.EllipticCurvePrivateKey) or not isinstance(keys[1], ec.EllipticCurvePrivateKey):
+        raise ValueError("not the keys of a run's CA")
+    return keys[0], keys[1], x509.load_der_x509_certificate(parts[2])
+
+
 def _general_name(name: str) -> x509.GeneralName:
     try:
         return x509.IPAddress(ipaddress.ip_address(name))
@@ -411,15 +452,16 @@ def _key_usage(*, signs_certificates: bool) -> x509.KeyUsage:
     )
 
 
-def upstream_context(extra_ca: Path | None = None) -> ssl.SSLContext:
-    """The context for connections to upstreams: certificate and name verified, TLS 1.2 or newer, HTTP/1.1 only.
+def upstream_context(extra_ca: Path | None = None, *, http2: bool = False) -> ssl.SSLContext:
+    """The context for connections to upstreams: certificate and name verified, TLS 1.2 or newer, HTTP/1.1 unless http2
+    is to be offered before it.
 
     Trusts the system's roots and, if given, those in the PEM file ``extra_ca``. Raises ConfigError when that file
     cannot be used.
     """
     context = ssl.create_default_context()
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.set_alpn_protocols([ALPN])
+    context.set_alpn_protocols([ALPN_HTTP2, ALPN] if http2 else [ALPN])
     roots = system_bundle()
     # Interpreters that bring their own OpenSSL may look for roots where this system has none.
     if roots is not None and not context.cert_store_stats()["x509_ca"]:

@@ -9,6 +9,7 @@ from creto_hotpath.relay import Tunnel
 from creto_proxy.errors import CretoError, Permanent, Refused
 from creto_proxy.model import Agent, Decision, Flow, Kind, Request, Usage, Verdict
 from creto_proxy.pipeline import Pipeline
+from creto_proxy.protect import InFlight
 from creto_proxy.sniff import reset
 from creto_proxy.target import request_id
 from creto_proxy.upstream import Parked
@@ -67,20 +68,24 @@ class Tunnels:
         request = bare_request(flow, agent, kind, kind, scheme, name, pipeline.clock.now_ns())
         decision: Decision | None = None
         upstream: Parked | None = None
+        share: InFlight | None = None
         held_ns = 0
         try:
             pipeline.recorder.require()
+            share = pipeline.protection.enter(agent.id)
             decision = pipeline.authorize(request)
             if decision.verdict is Verdict.ESCALATE:
                 decision, held_ns = await pipeline.ask(request, decision, SilentClient(sock))
             if not decision.allowed:
                 raise Refused(decision)
-            permit = await pipeline.egress.permit(request)
-            upstream = await pipeline.upstreams.open_raw(permit)
+            permits = pipeline.upstreams.usable(await pipeline.egress.permits(request))
+            upstream = await pipeline.upstreams.open_raw(permits)
             await pipeline.spend(request)
             _, agent_side = await asyncio.get_running_loop().connect_accepted_socket(Parked, sock)
         except (CretoError, OSError) as error:
             pipeline.meters.release(request)
+            if share is not None:
+                share.leave()
             if upstream is not None:
                 upstream.transport.abort()
             refusal = error if isinstance(error, CretoError) else Permanent(str(error), reason="name_not_found")
@@ -88,6 +93,8 @@ class Tunnels:
             self._record(request, decision, held_ns, error=refusal.reason)
             reset(sock)
             return
+        if share is not None:
+            share.connections += 1
         opened = pipeline.clock.now_ns()
         early = upstream.received
         if early:
@@ -95,12 +102,23 @@ class Tunnels:
 
         def closed(pump: Tunnel) -> None:
             self._pumps.discard(pump)
+            if share is not None:
+                share.leave()
+                share.disconnect()
+            pipeline.revocations.leave(pump)
             usage = pipeline.meters.settle(request, None, status=0, completed=True)
             down = len(early) + pump.bytes_down
-            self._record(request, decision, held_ns, usage=usage, up=pump.bytes_up, down=down, opened=opened)
+            up, why = pump.bytes_up, "identity_ended" if pump in revoked else ""
+            self._record(request, decision, held_ns, usage=usage, up=up, down=down, opened=opened, error=why)
 
+        def revoke() -> None:
+            revoked.add(pump)
+            pump.abort()
+
+        revoked: set[Tunnel] = set()
         pump = Tunnel(agent_side.transport, upstream.transport, agent_side.received, closed)
         self._pumps.add(pump)
+        pipeline.revocations.enter(pump, request, revoke)
 
     def _record(
         self,
@@ -130,7 +148,7 @@ class Tunnels:
             upstream_ns=now - start,
             total_ns=now - request.received_ns,
         )
-        pipeline.recorder.record(outcome)
+        pipeline.record(outcome, decision)
         if request.approval is not None:
             pipeline.settle(request, outcome)
 

@@ -104,6 +104,34 @@ for _ in range(20):
     assert sum(r["usage"]["cost_nano_usd"] for r in rows) <= 100_000
 
 
+NO_LARGE_MODELS = """
+@id("no-large-models") @description("large models are for the night shift")
+forbid (principal, action == Creto::Action::"llmCall", resource)
+when { context has model && (context.model == "gpt-4o" || context.model like "claude-opus-*") };
+"""
+
+
+def test_a_forbidden_model_is_a_readable_403_for_both_sdks(creto: Creto) -> None:
+    (creto.policies / "models.cedar").write_text(NO_LARGE_MODELS)
+    code = """
+import anthropic, openai
+said = [{"role": "user", "content": "hi"}]
+for model in ("gpt-4o", "gpt-4o-mini"):
+    try: print(openai.OpenAI().chat.completions.create(model=model, max_tokens=20, messages=said).model)
+    except openai.PermissionDeniedError as error: print(error.status_code, error)
+for model in ("claude-opus-4-1", "claude-sonnet-4-5"):
+    try: print(anthropic.Anthropic().messages.create(model=model, max_tokens=20, messages=said).model)
+    except anthropic.PermissionDeniedError as error: print(error.status_code, error)
+"""
+    result = creto.python(code)
+    lines = result.out.splitlines()
+    assert len(lines) == 4, result.out + result.err
+    assert all(line.startswith("403 ") and "large models are for the night shift" in line for line in lines[::2])
+    assert lines[1].startswith("gpt-4o-mini") and lines[3].startswith("claude-sonnet-4-5")
+    assert [row["decision"] for row in result.to("api.openai.com")] == ["deny", "allow"]
+    assert [row["decision"] for row in result.to("api.anthropic.com")] == ["deny", "allow"]
+
+
 def test_mcp_sdk_lists_and_calls_tools(creto: Creto) -> None:
     from .servers import serving_mcp
 

@@ -19,7 +19,7 @@ import pytest
 
 from creto_hotpath.journal import Journal
 from creto_hotpath.relay import Limits, Pool
-from creto_platform.authz import Answer, Query
+from creto_platform.authz import Answer, Query, Watch
 from creto_proxy.accept import Gateway
 from creto_proxy.audit import Recorder, outcomes
 from creto_proxy.authorize import Policy
@@ -66,8 +66,14 @@ class Policies:
     def __init__(self, **verdicts: str) -> None:
         self.verdicts = {name.replace("_", "."): verdict for name, verdict in verdicts.items()}
 
+    def lasting(self, query: Query) -> frozenset[str] | None:
+        return None
+
     def reads(self, action: str) -> frozenset[str]:
         return frozenset({"approval", "fingerprint"})
+
+    def watch(self, host: str) -> Watch:
+        return Watch()
 
     def decide(self, query: Query) -> Answer:
         verdict = self.verdicts.get(query.host, "allow")

@@ -1,7 +1,9 @@
-"""Somebody else's plugin, in a distribution of its own: refuses hosts on a list, and names agents by their link.
+"""Somebody else's plugin, in a distribution of its own: refuses hosts on a list, keeps words out of WebSocket messages,
+and names agents by their link.
 
     [example]
     denied = ["paste.example.net"]
+    words = ["password"]
 """
 
 from __future__ import annotations
@@ -12,7 +14,18 @@ import click
 from pydantic import BaseModel, ConfigDict, Field
 
 from creto_proxy.cli import Operator
-from creto_proxy.hookspecs import Authorizer, ControlRequest, ControlResponse, Core, Identifier, Routes, hookimpl
+from creto_proxy.hookspecs import (
+    Authorizer,
+    ControlRequest,
+    ControlResponse,
+    Core,
+    Direction,
+    Identifier,
+    MessageKind,
+    Messages,
+    Routes,
+    hookimpl,
+)
 from creto_proxy.model import Agent, Decision, Flow, Request, Verdict
 
 
@@ -20,6 +33,7 @@ class ExampleSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     denied: tuple[str, ...] = Field((), description="Hosts that no agent may reach.")
+    words: tuple[str, ...] = Field((), description="Words that no agent may send over a WebSocket.")
     agents: Mapping[str, str] = Field(default_factory=dict, description="Link name -> agent name.")
 
 
@@ -36,6 +50,21 @@ class Denylist:
         if request.host in self._denied:
             return Decision(Verdict.DENY, "example_denied", f"{request.host} is on the denylist of [example]")
         return Decision(Verdict.ALLOW, "example_not_denied")
+
+
+class Wordlist:
+    """A ``Messages`` stage that is also the watch of every connection, because it remembers nothing."""
+
+    def __init__(self, words: Sequence[str]) -> None:
+        self._words = [word.encode() for word in words]
+
+    def open(self, request: Request) -> Wordlist | None:
+        return self if self._words else None
+
+    def message(self, direction: Direction, kind: MessageKind, data: bytes) -> bytes | Decision:
+        if direction == "up" and any(word in data for word in self._words):
+            return Decision(Verdict.DENY, "example_word", "The message has a word that [example] does not let out.")
+        return data
 
 
 class Links:
@@ -98,6 +127,10 @@ class Example:
     @hookimpl
     def creto_authorizer(self) -> Authorizer:
         return Denylist(self._settings.denied)
+
+    @hookimpl
+    def creto_messages(self) -> Messages:
+        return Wordlist(self._settings.words)
 
     @hookimpl
     def creto_routes(self) -> Routes:

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 import click
 
-from creto_platform.authz import EmbeddedAuthz, Explanation, Query
+from creto_platform.authz import INSIDE, EmbeddedAuthz, Explanation, Query
 from creto_proxy.authorize import action_of
 from creto_proxy.errors import ConfigError
 from creto_proxy.policies import load_authz
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from creto_proxy.cli import Operator
     from creto_proxy.config import Config
 
-INTEGERS = frozenset(("depth", "port", "amount_minor"))
+INTEGERS = frozenset(("depth", "port", "amount_minor", "max_tokens", "tools"))
 VERDICTS = ("allow", "deny", "oversight")
 
 _DIRECTORY = click.Path(path_type=Path)
@@ -61,6 +61,7 @@ def check(operator: Operator, directory: Path | None) -> None:
 @click.option("--method", default="GET", show_default=True, help="HTTP method; CONNECT asks for a tunnel.")
 @click.option("--url", required=True, metavar="URL", help="https://HOST[:PORT]/PATH, or tcp://HOST:PORT.")
 @click.option("--context", "extra", multiple=True, metavar="KEY=VALUE", help="A context attribute; repeatable.")
+@click.option("--action", type=click.Choice(INSIDE), help="Ask about what is said inside, not about the request.")
 @click.option("--org", help="Organisation of the agent.")
 @click.option("--env", help="Environment of the agent.")
 @click.option("--owner", help="Name or SPIFFE id of the human the agent answers to.")
@@ -72,6 +73,7 @@ def explain(
     method: str,
     url: str,
     extra: tuple[str, ...],
+    action: str | None,
     org: str | None,
     env: str | None,
     owner: str | None,
@@ -87,7 +89,7 @@ def explain(
         if not name or not equals:
             raise click.BadParameter(f"{pair!r} is not KEY=VALUE", param_hint="--context")
         context[name] = _from_text(name, value)
-    case = Case("", agent, method, url, org=org, env=env, owner=owner, context=context)
+    case = Case("", agent, method, url, action=action, org=org, env=env, owner=owner, context=context)
     authz = _load(operator, directory)
     found = authz.explain(_query(case, operator.config))
     operator.emit(_explained(found), _document(found))
@@ -111,6 +113,7 @@ def test(operator: Operator, file: Path, directory: Path | None) -> None:
     policies = ["payments-write"]         # optional: exactly these decide
     profiles = []                         # optional: exactly these are asked
 
+    action asks about what is said inside a request ("mcpCall", "llmCall"...); the context then says what that is.
     org, env and owner may be set per case. Exit status 1 when a case fails, 2 when the table is wrong.
     """
     cases = _cases(file)
@@ -140,6 +143,7 @@ class Case:
     agent: str
     method: str
     url: str
+    action: str | None = None
     org: str | None = None
     env: str | None = None
     owner: str | None = None
@@ -183,7 +187,7 @@ def _query(case: Case, config: Config) -> Query:
         org=case.org or common.org,
         env=case.env or common.env,
         owner=owner,
-        action=action,
+        action=case.action or action,
         host=host.removesuffix("."),
         context=context | {name: _checked(case, name, value) for name, value in case.context.items()},
     )
@@ -283,7 +287,7 @@ def _cases(file: Path) -> list[Case]:
     return [case for case in cases if case is not None]
 
 
-_TEXT = ("name", "agent", "method", "url", "org", "env", "owner", "expect")
+_TEXT = ("name", "agent", "method", "url", "action", "org", "env", "owner", "expect")
 _LISTS = ("policies", "profiles")
 
 
@@ -307,6 +311,8 @@ def _case(where: str, index: int, entry: Any, problems: list[str]) -> Case | Non
     problems += [f"{where}.{key}: is required" for key in ("agent", "url", "expect") if key not in entry]
     if isinstance(entry.get("expect"), str) and entry["expect"] not in VERDICTS:
         problems.append(f"{where}.expect: should be one of {', '.join(VERDICTS)}")
+    if isinstance(entry.get("action"), str) and entry["action"] not in INSIDE:
+        problems.append(f"{where}.action: should be one of {', '.join(INSIDE)}")
     if len(problems) > before:
         return None
     lists = {key: tuple(entry[key]) for key in _LISTS if key in entry}

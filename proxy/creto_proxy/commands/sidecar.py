@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
-import shutil
-import signal
-import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+import pickle
 from typing import TYPE_CHECKING
 
 import click
@@ -19,86 +15,83 @@ from creto_proxy.errors import ConfigError
 if TYPE_CHECKING:
     from creto_proxy.cli import Operator
     from creto_proxy.config import Config
-    from creto_proxy.service import Service
-    from creto_proxy.tls import CertificateAuthority
+    from creto_proxy.workers.handover import Handover
+
+log = logging.getLogger("creto.control")
 
 
 @click.command()
 @click.option("--name", metavar="NAME", default="sidecar", show_default=True, help="Name of the agents' identity.")
+@click.option("--workers", metavar="N", help='Processes that carry requests, or "auto": one per processor.')
+@click.option("--check", is_flag=True, help="Try configuration, policies and plugins, and end.")
 @click.pass_obj
-def sidecar(operator: Operator, name: str) -> int:
+def sidecar(operator: Operator, name: str, workers: str | None, check: bool) -> int:
     """Listen for agents: [listen] explicit is a forward proxy, [listen] reverse serves the [[reverse]] routes.
 
-    Agents must trust the certificate in STATE/runs/RUN/ca.pem. Ends on SIGTERM or SIGINT after draining.
+    Agents must trust the certificate in STATE/runs/RUN/ca.pem. SIGHUP reloads configuration and policies, SIGUSR2
+    restarts in place; both without refusing a connection. SIGTERM and SIGINT drain and end.
     """
     import uvloop
 
-    from creto_proxy import tls
     from creto_proxy.commands.run import start_logging
-    from creto_proxy.service import assemble, new_run_id
+    from creto_proxy.workers import handover
 
     start_logging()
-    config = operator.config
-    listeners = open_listeners(config)
-    if not listeners:
-        raise ConfigError(["listen: neither explicit nor reverse is set, so there is nothing to listen on"])
-    run = new_run_id()
-    authority = tls.CertificateAuthority()
-    service = assemble(config, operator.plugins, run=run, authority=authority)
-    service.attach("sidecar", name)
-    with published(authority, service.state / "runs" / run) as ca:
-        for way, sock in listeners:
-            address, port = sock.getsockname()[:2]
-            click.echo(f"creto: {way} proxy on {address}:{port}, CA {ca}", err=True)
-        uvloop.run(serve(service, listeners))
+    known = handover.known_form(os.environ)
+    inherited = handover.accept(os.environ)
+    if workers is not None:
+        operator.override("sidecar", "workers", workers if workers == "auto" else _number(workers))
+    if check:
+        return _check(operator.config, operator, name, known=known)
+    while True:
+        again = uvloop.run(_serve(operator, name, inherited))
+        if again is None:
+            return 0
+        try:
+            handover.give(again)
+        except OSError as error:
+            log.error("the program cannot be started again (%s); it goes on as it is", error)
+            inherited = again
+
+
+async def _serve(operator: Operator, name: str, inherited: Handover | None) -> Handover | None:
+    from creto_proxy.workers.controller import Controller
+
+    try:
+        config = _usable(operator.config)
+        controller = Controller(config, operator.plugins, agent=name, reread=operator.reread, inherited=inherited)
+        await controller.begin()
+    except ConfigError as error:
+        # It could be used a moment ago, when it was rehearsed: what was in force until now still can.
+        if inherited is None:
+            raise
+        config, found = pickle.loads(inherited.previous)
+        controller = Controller(
+            config, found, agent=name, reread=operator.reread, inherited=inherited, failed=error.problems
+        )
+        await controller.begin()
+    if inherited is None:
+        for way, address in controller.addresses:
+            click.echo(f"creto: {way} proxy on {address}, CA {controller.certificate}", err=True)
+    return await controller.run()
+
+
+def _check(config: Config, operator: Operator, name: str, *, known: bool) -> int:
+    from creto_proxy.service import new_run_id
+    from creto_proxy.workers.backstage import rehearse
+
+    if not known:
+        raise ConfigError(["the creto that runs cannot hand over to this version: stop it and start this one"])
+    asyncio.run(rehearse(_usable(config), operator.plugins, run=new_run_id(), agent=name))
+    click.echo("creto: configuration, policies and plugins can be used", err=True)
     return 0
 
 
-def open_listeners(config: Config) -> list[tuple[str, socket.socket]]:
-    """(way, listening socket) for each configured listener. Raises ConfigError naming every one that cannot be had, or
-    that others than this machine's programs could reach: who connects to a listener is its agent."""
-    problems: list[str] = []
-    listeners: list[tuple[str, socket.socket]] = []
-    for way in ("explicit", "reverse"):
-        endpoint = getattr(config.listen, way)
-        if endpoint is None:
-            continue
-        if not endpoint.address.is_loopback:
-            problems.append(f"listen.{way}: {endpoint} can be reached from elsewhere; use a loopback address")
-            continue
-        family = socket.AF_INET6 if endpoint.address.version == 6 else socket.AF_INET
-        try:
-            listeners.append(
-                (way, socket.create_server((str(endpoint.address), endpoint.port), family=family, backlog=4096))
-            )
-        except OSError as error:
-            problems.append(f"listen.{way}: cannot listen on {endpoint}: {os.strerror(error.errno or 0).lower()}")
-    if problems:
-        for _, sock in listeners:
-            sock.close()
-        raise ConfigError(problems)
-    return listeners
+def _usable(config: Config) -> Config:
+    if config.listen.explicit is None and config.listen.reverse is None:
+        raise ConfigError(["listen: neither explicit nor reverse is set, so there is nothing to listen on"])
+    return config
 
 
-@contextmanager
-def published(authority: CertificateAuthority, directory: Path) -> Iterator[Path]:
-    """The CA certificate as a file for as long as the sidecar runs."""
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    try:
-        yield authority.write(directory)
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
-
-
-async def serve(service: Service, listeners: list[tuple[str, socket.socket]]) -> None:
-    """Serves until SIGTERM or SIGINT."""
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    async with service.running():
-        for way, sock in listeners:
-            await service.gateway.listen_proxy(sock, "sidecar", "explicit" if way == "explicit" else "reverse")
-        await stop.wait()
-
-
+def _number(text: str) -> int | str:
+    return int(text) if text.isdecimal() else text

@@ -1,0 +1,185 @@
+"""Which requests need not be put to the stages one by one, and what all stages said about them.
+
+Most requests of an agent are like one it made a moment ago: same place, same method, same answers. A stage whose
+answer to a request holds for every request of the same shape says so with a ``Lease``. When every stage does, their
+answers are kept together as a ``Standing`` for at most ``LEASE_S``, and the compiled lane of the connection
+(``creto_hotpath.express``) charges, forwards and records the next ones without a call into Python. A stage that gives
+no lease is asked about every request, and so is everybody whose answer depends on a body, on the clock or on a person.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from creto_hotpath.admit import DecisionTable
+from creto_hotpath.express import Express, Standing
+from creto_hotpath.journal import Journal
+from creto_hotpath.relay import Exchange, Upstream
+from creto_proxy.audit import template
+from creto_proxy.authorize import PATH_OVERRIDES, Policy
+from creto_proxy.deadline import Guard
+from creto_proxy.hookspecs import Authorizer, Clock, Meter
+from creto_proxy.model import Charge, Flow, Lease, Outcome, Request
+from creto_proxy.observe.observer import Observer
+from creto_proxy.protect import Protection
+from creto_proxy.protocols.detect import DETECTION_HEADERS, METHOD_OVERRIDES
+from creto_proxy.target import Targets
+from creto_proxy.upstream import Upstreams
+
+# A standing lives no longer than it takes a revocation to be noticed (``service.REVOCATION_CHECK_S``).
+LEASE_S = 1.0
+# Lanes kept; agents choose what they dial, so there must be a bound.
+_LANES = 1024
+# By their values requests are told apart; whoever has one of the others comes to the stages.
+_NAMED = (*sorted(DETECTION_HEADERS - {*METHOD_OVERRIDES}), "accept", "content-type")
+_BARRED = (*METHOD_OVERRIDES, *PATH_OVERRIDES)
+
+
+@dataclass(frozen=True, slots=True)
+class _Answers:
+    """What the leases of all stages amount to."""
+
+    exact: bool
+    charge: Charge | None
+
+
+class Lanes:
+    """The lanes of a gateway, one for all connections that came in the same way."""
+
+    def __init__(
+        self,
+        *,
+        journal: Journal,
+        table: DecisionTable,
+        policy: Policy,
+        authorizers: Sequence[tuple[str, Authorizer | Meter]],
+        targets: Targets,
+        upstreams: Upstreams,
+        protection: Protection,
+        observer: Observer,
+        guard: Guard,
+        clock: Clock,
+        sampling: bool,
+    ) -> None:
+        """sampling: traces that their callers record get a span of ours, which no lane can give them."""
+        self._journal = journal
+        self._table = table
+        self._policy = policy
+        self._targets = targets
+        self._upstreams = upstreams
+        self._protection = protection
+        self._observer = observer
+        self._guard = guard
+        self._clock = clock
+        self._sampling = sampling
+        self._lanes: dict[tuple[Any, ...], Express] = {}
+        # A stage without the method has to see every request, and so there are no lanes at all.
+        self._lessors = [(plugin, getattr(stage, "lease", None)) for plugin, stage in authorizers]
+        self._open = all(lease is not None for _, lease in self._lessors)
+
+    @property
+    def taken(self) -> int:
+        """Requests that were not put to the stages, as far as their lanes are still known."""
+        return sum(lane.taken for lane in self._lanes.values())
+
+    def lane(self, flow: Flow) -> Express | None:
+        """The lane of a connection; None when some stage must see every request."""
+        if not self._open:
+            return None
+        key = (flow.link, flow.way, flow.tls, flow.sni, flow.bound_names, flow.original, flow.port)
+        lane = self._lanes.get(key)
+        if lane is None:
+            if len(self._lanes) >= _LANES:
+                self._lanes.clear()  # open connections keep theirs
+            lane = self._lanes[key] = self._make(flow)
+        return lane
+
+    def _make(self, flow: Flow) -> Express:
+        return Express(
+            self._journal,
+            named=_NAMED,
+            barred=_BARRED,
+            prefixes=self._targets.prefixes if flow.way == "reverse" else None,
+            absolute=flow.way == "explicit" and not flow.bound_names,
+            sampling=self._sampling,
+            keeper=self,
+            counters=self._observer.counters,
+            reuses=self._observer.reuses,
+            valve=self._protection.load.valve,
+            bad=self._upstreams.health.bad,
+        )
+
+    def close(self) -> None:
+        """From now on every request comes to the stages."""
+        self._open = False
+        for lane in self._lanes.values():
+            lane.clear()
+
+    def learn(self, request: Request, outcome: Outcome, exchange: Exchange, upstream: Upstream, host: str) -> None:
+        """Keeps what was decided about ``request``, which is about to be sent to ``upstream``.
+
+        outcome: its record so far; what is only known at the end of an exchange is filled in each time.
+        """
+        lane = exchange.downstream.lane
+        # Somebody read the body or a person said yes: that is about this request and no other.
+        if not isinstance(lane, Express) or request.body is not None or request.approval is not None:
+            return
+        if not self._open or upstream.pool.per_key == 0:
+            return
+        answers = self._answers(request)
+        if answers is None or (answers.exact and request.path != request.sent_path):
+            return
+        route = self._targets.route(exchange.head.target) if request.flow.way == "reverse" else None
+        agents, charge = self._protection.agents, answers.charge
+        left_s = min(LEASE_S, request.agent.expires_at - self._clock.unix_ns() / 1e9)
+        lane.learn(
+            exchange.head,
+            Standing(
+                stack=upstream.stack,
+                host=host,
+                table=self._table,
+                epoch=self._table.epoch,
+                expires_ns=self._clock.now_ns() + int(left_s * 1e9),
+                record=template(outcome),
+                base="" if route is None else route.path,
+                strip=0 if route is None else len(route.prefix),
+                quota=None if charge is None else charge.table,
+                path=None if charge is None else charge.path,
+                amounts=() if charge is None else charge.amounts,
+                ttl_ns=1 if charge is None else charge.ttl_ns,
+                share=None if agents is None else agents.of(request.agent.id),
+                context=outcome,
+            ),
+            exact=answers.exact,
+        )
+
+    def _answers(self, request: Request) -> _Answers | None:
+        leases = [self._policy.lease(request)]
+        for plugin, lessor in self._lessors:
+            if leases[-1] is None or lessor is None:
+                return None
+            leases.append(self._guard.call(plugin, "lease", lessor, request))
+        given = [lease for lease in leases if isinstance(lease, Lease)]
+        charges = [lease.charge for lease in given if lease.charge is not None]
+        if len(given) < len(leases) or len(charges) > 1:
+            return None
+        return _Answers(any(lease.exact for lease in given), charges[0] if charges else None)
+
+    # -- what a lane leaves to us
+
+    def cells(self, standing: Standing, status_class: int) -> Sequence[int]:
+        """Where the observer counts such requests."""
+        outcome: Outcome = standing.context
+        return self._observer.cells(
+            outcome.agent, outcome.host, outcome.method, outcome.decision, outcome.reason, status_class, cached=True
+        )
+
+    def again(self) -> bool:
+        """Whether the retry budget has room for one more."""
+        return self._upstreams.again()
+
+    def ended(self, exchange: Exchange, standing: Standing) -> None:
+        """What an exchange says about its upstream."""
+        self._upstreams.judge(standing.stack.key, exchange.status, exchange.error)
