@@ -1,0 +1,24 @@
+"""What do policy and quota cost, cached, over 4 levels x 3 meters, called from Python?
+
+Runs the bench of the compiled tables (``benches/bench_hotpath.py``) and takes its numbers.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from peers.benchmark import run
+from peers.settings import Say, Settings
+
+BATCH = 500
+
+
+def measure(folder: Path, settings: Settings, say: Say) -> dict[str, Any]:
+    rows = []
+    for bench in run("bench_hotpath.py", folder, "-k", "policy_and_quota and compiled"):
+        info, stats = bench["extra_info"], bench["stats"]
+        row = {"name": bench["name"], **info, "mean_ns": stats["median"] * 1e9 / BATCH, "rounds": stats["rounds"]}
+        rows.append(row)
+        say(f"{row['name']}: p50 {row['p50_ns']:,} ns, p99 {row['p99_ns']:,} ns, mean {row['mean_ns']:,.0f} ns")
+    return {"rows": rows}
