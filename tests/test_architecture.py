@@ -31,7 +31,7 @@ BROAD_EXCEPTS = {
     "proxy/creto_proxy/deadline.py": "a plugin's stage",
     "proxy/creto_proxy/plugins.py": "a plugin's import, constructor, hooks, start and stop",
     "proxy/creto_proxy/pipeline.py": "a request's task: an agent must always be answered",
-    "proxy/creto_proxy/audit.py": "a plugin's journal consumer, in its worker thread",
+    "proxy/creto_proxy/replay.py": "a plugin's journal consumer, in its worker thread",
     "proxy/creto_proxy/jail/launch.py": "a plugin's redirect, before the agent exists",
     "proxy/creto_platform/audit/embedded.py": "the publishing thread, which nothing may end for good",
     "ext/creto_hotpath/_relay_py.py": "the handler and the taps that the relay was given",

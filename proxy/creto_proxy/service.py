@@ -29,7 +29,7 @@ from creto_platform.authz import EmbeddedAuthz, bundled_policies
 from creto_platform.nhi import Identity, NhiError
 from creto_proxy import tls
 from creto_proxy.accept import Gateway
-from creto_proxy.audit import AuditTrail, Recorder, Replay
+from creto_proxy.audit import AuditTrail, Recorder
 from creto_proxy.authorize import Policy
 from creto_proxy.clock import SystemClock
 from creto_proxy.config import Config
@@ -56,6 +56,7 @@ from creto_proxy.protect import Protection
 from creto_proxy.protect.breaker import Health
 from creto_proxy.protect.retries import RetryBudget
 from creto_proxy.protocols import Inspector, Providers
+from creto_proxy.replay import Replay
 from creto_proxy.sockets import room
 from creto_proxy.target import ReverseRoute, Targets
 from creto_proxy.upstream import Dialling, Upstreams

@@ -213,7 +213,8 @@ from creto_platform import audit_directories
 from creto_platform.audit import EmbeddedAudit, LogReader, verify_local
 from creto_platform.audit.disk import Disk
 from creto_platform.crypto import EmbeddedCrypto
-from creto_proxy.audit import AuditTrail, Replay, encode
+from creto_proxy.audit import AuditTrail, encode
+from creto_proxy.replay import Replay
 from creto_proxy.testing import make_outcome, make_request
 
 DIED = 77

@@ -18,7 +18,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from creto_hotpath.counters import Counters
 from creto_hotpath.journal import Journal
-from creto_proxy.audit import Replay, encode
+from creto_proxy.audit import encode
 from creto_proxy.model import Outcome, Usage
 from creto_proxy.observe.access_log import AccessLog, line_of
 from creto_proxy.observe.consumer import Followed, Tell, lag_gauges
@@ -26,6 +26,7 @@ from creto_proxy.observe.observer import Observer
 from creto_proxy.observe.otlp import QUEUE, Traces
 from creto_proxy.observe.spans import OPT_IN, span_of, wanted
 from creto_proxy.observe.tracecontext import forward, sampled, span_id, traceparent
+from creto_proxy.replay import Replay
 from creto_proxy.testing import make_outcome, make_request
 
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from creto_hotpath.journal import Journal
-from creto_proxy.audit import KEEP_S, Replay, decode, encode
+from creto_proxy.audit import decode, encode
 from creto_proxy.model import Outcome
+from creto_proxy.replay import KEEP_S, Replay
 from creto_proxy.testing import make_outcome, make_request
 
 
@@ -170,3 +171,31 @@ def test_a_payload_that_is_no_outcome_is_a_value_error(payload: bytes) -> None:
 def test_an_outcome_survives_the_journal() -> None:
     outcome = make_outcome(make_request())
     assert decode(encode(outcome)) == outcome
+
+
+def test_a_segment_made_ahead_does_not_end_the_one_being_written(tmp_path: Path) -> None:
+    """The writer makes its next segment before the last one is full; until something is in it nothing is finished."""
+    applied: list[bytes] = []
+
+    class Ledger:
+        name = "ledger"
+
+        def position(self, segment: str) -> int:
+            return 0
+
+        def apply(self, segment: str, records: Sequence[Outcome], upto: int) -> None:
+            applied.extend(record.id for record in records)
+
+    replay = Replay(tmp_path, "w", [Ledger()])
+    with Journal(str(tmp_path), "w", flush="record", segment_bytes=2000) as journal:
+        sent = []
+        for _ in range(12):
+            outcome = make_outcome(make_request())
+            sent.append(outcome.id)
+            journal.append(encode(outcome))
+            journal.sync()
+            assert replay._pass()
+            assert applied == sent
+        assert len(list(tmp_path.glob("*.jnl"))) > 2
+    assert replay._follow_all()
+    os.close(replay.lock)

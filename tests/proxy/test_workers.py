@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 
 from creto_hotpath.journal import Journal
 from creto_proxy import tls
-from creto_proxy.audit import Replay, encode
+from creto_proxy.audit import encode
 from creto_proxy.errors import ConfigError
 from creto_proxy.model import Outcome
+from creto_proxy.replay import Replay
 from creto_proxy.testing import make_config, make_outcome, make_request
 from creto_proxy.workers import channel, handover, listeners
 from creto_proxy.workers.channel import BadFrame, Channel, frame, take
@@ -265,7 +266,7 @@ class TestFollowing:
     async def test_a_journal_whose_controller_died_is_adopted_once_its_worker_has_ended(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("creto_proxy.audit.ADOPT_EVERY_S", 0.1)
+        monkeypatch.setattr("creto_proxy.replay.ADOPT_EVERY_S", 0.1)
         first = Replay(tmp_path, "one", [Keeping()], follows=True)
         inherited = os.dup(first.follow("one.w1"))  # as the worker has it
         first.start()

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from creto_hotpath.counters import Counters
 from creto_proxy import __version__
-from creto_proxy.audit import Recorder, Replay
+from creto_proxy.audit import Recorder
 from creto_proxy.errors import ConfigError
 from creto_proxy.hookspecs import Consumer
 from creto_proxy.observe.access_log import AccessLog
@@ -25,6 +25,7 @@ from creto_proxy.observe.aggregate import Base, clear_dead, counters_path, metri
 from creto_proxy.observe.consumer import Followed, Sink, Tell, lag_gauges
 from creto_proxy.observe.observer import Gauges, Observer, Sampler
 from creto_proxy.observe.tracecontext import Forward, forward
+from creto_proxy.replay import Replay
 from creto_proxy.workers.status import NodeStatus, ReloadStatus, WorkerStatus
 
 T = TypeVar("T")

@@ -9,13 +9,14 @@ from typing import TypeAlias
 from creto_platform import Platform
 from creto_platform.authz import EmbeddedAuthz, bundled_policies
 from creto_platform.nhi import NhiError
-from creto_proxy.audit import AuditTrail, Replay
+from creto_proxy.audit import AuditTrail
 from creto_proxy.clock import SystemClock
 from creto_proxy.config import Config
 from creto_proxy.errors import ConfigError
 from creto_proxy.hookspecs import Consumer, Core
 from creto_proxy.plugins import Found, Plugins, compose
 from creto_proxy.policies import load_authz
+from creto_proxy.replay import Replay
 from creto_proxy.service import Delegation, platform_of, private_directory
 
 Watched: TypeAlias = Callable[[Sequence[Consumer]], tuple[Consumer, ...]]

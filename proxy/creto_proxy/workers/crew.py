@@ -9,9 +9,9 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from creto_proxy.audit import Replay
 from creto_proxy.config import Config
 from creto_proxy.plugins import Found
+from creto_proxy.replay import Replay
 from creto_proxy.workers.channel import Message
 from creto_proxy.workers.handover import Inherited
 from creto_proxy.workers.listeners import Listener
