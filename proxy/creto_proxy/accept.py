@@ -387,6 +387,12 @@ class Gateway:
         """The connections that speak HTTP."""
         return self._open.items()
 
+    def in_lane(self, conversation: Conversation) -> bool:
+        """Whether the request under way on that connection was taken by an express lane."""
+        protocol = self._open.get(conversation)
+        exchange = None if protocol is None else protocol.exchange
+        return exchange is not None and exchange.lane is not None
+
     def begins(self, conversation: Conversation) -> None:
         """A request begins; while this process drains, its answer is the last one of its connection."""
         if self._draining and (protocol := self._open.get(conversation)) is not None:

@@ -92,7 +92,8 @@ class Conversation:
 
     def on_bad_request(self, error: BadMessage) -> bytes:
         refusal = Permanent(str(error), reason=error.reason, status=error.status)
-        if self._passage is None:
+        # What fails in an express lane has a passage neither, but the lane records it.
+        if self._passage is None and not self._gateway.in_lane(self):
             self._gateway.refuse_unread(self._flow, self._agent, refusal)
         status, headers, body = render(refusal, None)
         return raw_response(status, headers, body)

@@ -77,6 +77,8 @@ class Lanes:
         self._lanes: dict[tuple[Any, ...], Express] = {}
         # A stage without the method has to see every request, and so there are no lanes at all.
         self._lessors = [(plugin, getattr(stage, "lease", None)) for plugin, stage in authorizers]
+        # What came before was perhaps judged by other policies than those of this epoch.
+        self._epoch, self._since_ns = table.epoch, 0
         self._open = all(lease is not None for _, lease in self._lessors)
 
     @property
@@ -88,7 +90,9 @@ class Lanes:
         """The lane of a connection; None when some stage must see every request."""
         if not self._open:
             return None
-        key = (flow.link, flow.way, flow.tls, flow.sni, flow.bound_names, flow.original, flow.port)
+        # http2: what came by it may go on by it, and never takes a connection that speaks HTTP/1.
+        came = (flow.link, flow.way, flow.credentials, flow.tls, flow.http2, flow.sni)
+        key = (*came, flow.bound_names, flow.original, flow.port)
         lane = self._lanes.get(key)
         if lane is None:
             if len(self._lanes) >= _LANES:
@@ -128,6 +132,11 @@ class Lanes:
             return
         if not self._open or upstream.pool.per_key == 0:
             return
+        epoch, received_ns = self._table.epoch, request.received_ns
+        if epoch != self._epoch:
+            self._epoch, self._since_ns = epoch, self._clock.now_ns()
+        if received_ns <= self._since_ns:
+            return  # it may have been judged by policies that are no more
         answers = self._answers(request)
         if answers is None or (answers.exact and request.path != request.sent_path):
             return
@@ -140,8 +149,9 @@ class Lanes:
                 stack=upstream.stack,
                 host=host,
                 table=self._table,
-                epoch=self._table.epoch,
-                expires_ns=self._clock.now_ns() + int(left_s * 1e9),
+                epoch=epoch,
+                # Since it was judged: connecting may have taken long, and who asked may be nobody by now.
+                expires_ns=received_ns + int(left_s * 1e9),
                 record=template(outcome),
                 base="" if route is None else route.path,
                 strip=0 if route is None else len(route.prefix),

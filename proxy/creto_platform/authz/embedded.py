@@ -175,7 +175,11 @@ class EmbeddedAuthz:
     def lasting(self, query: Query) -> frozenset[str] | None:
         state = self._state
         key = self._key(state, query)
-        if key is None or state.answers.get(self.table.get(key, state.epoch, self._clock())) is None:
+        if key is None:
+            return None
+        answer = state.answers.get(self.table.get(key, state.epoch, self._clock()))
+        # The caller may have been answered before the policies were read again.
+        if answer is None or answer.verdict != "allow":
             return None
         return frozenset(self._slice(state, query.action, query.host).key_reads or ())
 

@@ -67,7 +67,8 @@ def started(order: Order) -> int:
         # A socket, the lock and the order keep their numbers; everything else of the controller is closed on exec.
         kept = [memory, order.link, order.lock, *(fd for _, fd in order.listeners)]
         keep = [(os.POSIX_SPAWN_DUP2, fd, fd) for fd in kept]
-        return os.posix_spawn(sys.executable, argv, os.environ, file_actions=keep, setsigmask=HELD)
+        # A group of its own: what a terminal sends to all of the foreground is for the controller to pass on.
+        return os.posix_spawn(sys.executable, argv, os.environ, file_actions=keep, setsigmask=HELD, setpgroup=0)
     finally:
         os.close(memory)
 
