@@ -24,6 +24,8 @@ from creto_hotpath._journal_c cimport Journal
 from creto_hotpath._quota_c cimport QuotaPath, QuotaTable, load_amounts
 from creto_hotpath._relay_c cimport Exchange, Lane, Stack, Upstream
 
+from creto_hotpath._quota_types import QuotaBusy, QuotaFull, QuotaTableError
+
 cdef extern from "<strings.h>" nogil:
     int strncasecmp(const char *a, const char *b, size_t n)
 
@@ -426,8 +428,11 @@ cdef class Express(Lane):
         if standing.share is not None and (exchange.downstream.requests == 1 or not standing.share.enter()):
             return False
         if standing.quota is not None:
-            exchange.hold = standing.quota.hold_quietly(
-                standing.path, standing.charged, standing.meters, unix_now(), standing.ttl_ns)
+            try:
+                exchange.hold = standing.quota.hold_quietly(
+                    standing.path, standing.charged, standing.meters, unix_now(), standing.ttl_ns)
+            except (QuotaBusy, QuotaFull, QuotaTableError):
+                exchange.hold = 0  # the handler meets the same and knows how to say so
             if exchange.hold <= 0:
                 exchange.hold = 0
                 if standing.share is not None:
@@ -467,10 +472,13 @@ cdef class Express(Lane):
         now = unix_now()
         if self.counters is not None:
             self.count_answer(exchange, standing)
-        if standing.quota is not None:
-            if not standing.quota.settle_hold(exchange.hold, standing.charged, standing.meters, now):
-                standing.quota.charge(standing.path, standing.amounts, now)
-        self.write(exchange, standing, now)
+        try:
+            if standing.quota is not None:
+                if not standing.quota.settle_hold(exchange.hold, standing.charged, standing.meters, now):
+                    standing.quota.charge(standing.path, standing.amounts, now)
+        finally:
+            # A table that fails leaves the reservation as it stands; the record is written all the same.
+            self.write(exchange, standing, now)
 
     cdef int count_answer(self, Exchange exchange, Standing standing) except -1:
         cdef int64_t *cells = standing.cells_of(self.keeper, exchange.status)

@@ -1,8 +1,8 @@
 """Requests like those that were judged before, answered without asking again. Plain-Python form.
 
 Every stage of the pipeline is asked once about a request; where all of their answers hold for each request of the same
-shape, the caller keeps them as a ``Standing``, for a second at most. ``Express`` is the lane that requests of such a
-shape take: look up, charge the quotas, forward on an idle connection, and write the outcome into the journal.
+shape, the caller keeps them as a ``Standing``, for half a second at most. ``Express`` is the lane that requests of such
+a shape take: look up, charge the quotas, forward on an idle connection, and write the outcome into the journal.
 
 The *shape* is what the answers may depend on: where the request is to, its method, the values of some named fields
 and, for a standing kept as exact, its path as spelled. Whatever else a request has, a body in particular, must be
@@ -25,6 +25,7 @@ from creto_hotpath._admit_py import DecisionTable
 from creto_hotpath._counters_py import Counters
 from creto_hotpath._journal_py import Journal
 from creto_hotpath._quota_py import QuotaPath, QuotaTable
+from creto_hotpath._quota_types import QuotaBusy, QuotaFull, QuotaTableError
 from creto_hotpath._relay_py import Exchange, Lane, Stack
 
 if TYPE_CHECKING:
@@ -296,7 +297,10 @@ class Express(Lane):
             return False
         hold = 0
         if standing.quota is not None and standing.path is not None:
-            hold = standing.quota.reserve(standing.path, standing.amounts, time.time_ns(), standing.ttl_ns, False)
+            try:
+                hold = standing.quota.reserve(standing.path, standing.amounts, time.time_ns(), standing.ttl_ns, False)
+            except (QuotaBusy, QuotaFull, QuotaTableError):
+                hold = 0  # the handler meets the same and knows how to say so
             if hold <= 0:
                 if standing.share is not None:
                     standing.share.leave()
@@ -333,8 +337,14 @@ class Express(Lane):
         if self.keeper is not None and (exchange.status >= 500 or exchange.error or self.bad):
             self.keeper.ended(exchange, standing)
         now_ns = time.time_ns()
-        if standing.quota is not None and not standing.quota.commit(exchange.hold, standing.amounts, now_ns):
-            standing.quota.charge(standing.path, standing.amounts, now_ns)
+        try:
+            if standing.quota is not None and not standing.quota.commit(exchange.hold, standing.amounts, now_ns):
+                standing.quota.charge(standing.path, standing.amounts, now_ns)
+        finally:
+            # A table that fails leaves the reservation as it stands; the record is written all the same.
+            self._write(exchange, standing, path, trace, now_ns)
+
+    def _write(self, exchange: Exchange, standing: Standing, path: str, trace: str, now_ns: int) -> None:
         decided = exchange.forwarded_ns or exchange.ended_ns
         facts = (
             _uuid7(now_ns),
@@ -354,7 +364,6 @@ class Express(Lane):
             b"".join(part if isinstance(part, bytes) else _pack(facts[part]) for part in standing.record)
         )
         self.journal.flush()
-
 
     def _count(self, exchange: Exchange, standing: Standing, facts: Sequence[Any]) -> None:
         if self.counters is None or self.keeper is None:

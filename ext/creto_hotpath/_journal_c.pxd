@@ -10,6 +10,9 @@ cdef class Journal:
     cdef Py_ssize_t max_pending
     cdef int64_t written        # bytes of the segment that the kernel has
     cdef int64_t segment_bytes
+    cdef uint8_t *map           # the segment, NULL where it is written instead
+    cdef int64_t map_size
+    cdef int64_t allocated      # bytes of the segment that the disk has room for
     cdef int fd
     cdef bint each
     cdef bint turning           # the next segment is being begun
@@ -36,6 +39,9 @@ cdef class Journal:
     cdef Py_ssize_t open_frame(self) except -1
     cdef int close_frame(self, Py_ssize_t before) except -1
     cpdef flush(self)
+    cdef int open_map(self) except -1
+    cdef int close_map(self) noexcept
+    cdef bint allocate(self, int64_t needed) except -1
     cdef int rotate(self) except -1
     cdef int next_segment(self) except -1
     cdef int abandon(self) except -1

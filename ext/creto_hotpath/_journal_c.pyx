@@ -6,7 +6,9 @@ Records are encoded straight into the write buffer, so an append allocates nothi
 size of a busy turn.
 """
 
+import errno as errors
 import os
+import stat
 
 cimport cython
 
@@ -32,7 +34,19 @@ cdef extern from "Python.h":
     long long PyLong_AsLongLongAndOverflow(object, int *) except? -1
     unsigned long long PyLong_AsUnsignedLongLong(object) except? 0xFFFFFFFFFFFFFFFF
 
+cdef extern from "sys/mman.h" nogil:
+    enum: PROT_READ
+    enum: PROT_WRITE
+    enum: MAP_SHARED
+    void *MAP_FAILED
+    void *mmap(void *, size_t, int, int, int, int64_t)
+    int munmap(void *, size_t)
+
+cdef extern from "fcntl.h" nogil:
+    int posix_fallocate(int, int64_t, int64_t)
+
 cdef extern from "unistd.h" nogil:
+    int ftruncate(int, int64_t)
     ssize_t write(int, const void *, size_t)
     int fdatasync(int)
 
@@ -49,6 +63,8 @@ cdef int64_t LOWEST_INT32 = -(<int64_t>1 << 31)
 cdef uint32_t ONES = ~<uint32_t>0
 cdef Py_ssize_t HEADER_BYTES = files.HEADER_BYTES
 cdef Py_ssize_t MAX_PAYLOAD = files.MAX_PAYLOAD
+# How much of a segment is allocated at a time; a full disk is met there, and not as a signal in the middle of a store.
+cdef int64_t STEP = 1 << 16
 # msgpack-python's own limit, so that both forms refuse the same records
 cdef int DEEPEST = 511
 
@@ -104,9 +120,11 @@ cdef class Journal:
         self.healthy = True
         self.retired = []
         self.fd, self.path = files.begin_segment(self.directory, self.worker, opener)
+        self.open_map()
 
     def __dealloc__(self):
         PyMem_Free(self.data)
+        self.close_map()
         if self.fd >= 0:
             os.close(self.fd)
 
@@ -315,12 +333,55 @@ cdef class Journal:
         self.records += 1
         return 0
 
+    cdef int open_map(self) except -1:
+        """Maps the segment, so that a record is handed to the kernel by storing it; what cannot be mapped is written."""
+        cdef void *map
+        self.allocated = 0
+        if not stat.S_ISREG(os.fstat(self.fd).st_mode):
+            return 0
+        # Whatever is pending when a segment is full still goes into it.
+        self.map_size = self.segment_bytes + self.max_pending
+        map = mmap(NULL, self.map_size, PROT_READ | PROT_WRITE, MAP_SHARED, self.fd, 0)
+        if map != MAP_FAILED:
+            self.map = <uint8_t *>map
+        return 0
+
+    cdef int close_map(self) noexcept:
+        """Cuts off what was allocated and not used."""
+        if self.map == NULL:
+            return 0
+        munmap(self.map, self.map_size)
+        self.map = NULL
+        if self.fd >= 0 and self.allocated > self.written:
+            ftruncate(self.fd, self.written)
+        return 0
+
+    cdef bint allocate(self, int64_t needed) except -1:
+        """Makes room on the disk; False where the file system cannot, and the segment is written instead."""
+        cdef int64_t size = min((needed // STEP + 1) * STEP, self.map_size)
+        cdef int code = posix_fallocate(self.fd, self.allocated, size - self.allocated)
+        if code == 0:
+            self.allocated = size
+            return True
+        if self.allocated == 0 and (code == errors.EOPNOTSUPP or code == errors.EINVAL):
+            self.close_map()
+            return False
+        self.healthy = False
+        raise OSError(code, strerror(code).decode(), self.path)
+
     cpdef flush(self):
         """Hands everything appended to the kernel. See ``_journal_py.Journal.flush``."""
         cdef ssize_t n
         cdef int code
         cdef bint wrote = False
         self.check_open()
+        if self.map != NULL and self.begin < self.end:
+            n = self.end - self.begin
+            if self.written + n <= self.allocated or self.allocate(self.written + n):
+                memcpy(self.map + self.written, self.data + self.begin, n)
+                self.written += n
+                self.begin = self.end
+                wrote = True
         while self.begin < self.end:
             n = write(self.fd, self.data + self.begin, self.end - self.begin)
             if n < 0:
@@ -358,9 +419,11 @@ cdef class Journal:
     cdef int next_segment(self) except -1:
         fd, path = self.spare or files.begin_segment(self.directory, self.worker, self.opener)
         self.spare = None
+        self.close_map()
         self.fd = fd
         self.path = path
         self.written = 0
+        self.open_map()
         return 0
 
     def sync(self):
@@ -391,8 +454,9 @@ cdef class Journal:
             made = files.begin_segment(self.directory, self.worker, self.opener)
         except OSError:
             return 0  # said when it is needed
-        # Opening let other threads in.
-        if self.fd >= 0 and self.spare is None and 2 * self.written >= self.segment_bytes:
+        # Opening let other threads in. Segments are read in the order of their names: one that others have overtaken is
+        # of no use.
+        if self.fd >= 0 and self.spare is None and made[1] > self.path:
             self.spare = made
         else:
             files.drop_segment(*made)
@@ -420,6 +484,7 @@ cdef class Journal:
         try:
             self.flush()
         finally:
+            self.close_map()
             for fd in (*self.retired, self.fd):
                 os.close(fd)
             self.retired.clear()

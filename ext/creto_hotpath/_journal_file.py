@@ -87,7 +87,7 @@ def begin_segment(directory: str, worker: str, opener: Opener | None) -> tuple[i
     """
     existing = segments(directory, worker)
     number = int(existing[-1].stem.rpartition("-")[2]) + 1 if existing else 1
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
     while True:
         path = os.path.join(directory, segment_name(worker, number))
         try:

@@ -228,7 +228,8 @@ class Journal:
         except OSError:
             return  # said when it is needed
         with self._lock:
-            if self._fd >= 0 and self._spare is None and 2 * self._written >= self._segment_bytes:
+            # Segments are read in the order of their names: one that others have overtaken is of no use.
+            if self._fd >= 0 and self._spare is None and made[1] > self._path:
                 self._spare, made = made, None
         if made is not None:
             files.drop_segment(*made)

@@ -1240,7 +1240,6 @@ class Downstream(Timed):
         self.pending = data if head.end < len(data) else None
         self.heading = False
         self.deadline = 0
-        self.requests += 1
         self.keep = head.keep_alive and not self.draining
         if head.body == _NO_BODY:
             self.intake = _COMPLETE
@@ -1254,6 +1253,7 @@ class Downstream(Timed):
         if head.max_forwards == 0:
             self._last_hop(head)
             return
+        self.requests += 1
         exchange = Exchange(self, head)
         self.exchange = exchange
         lane = self.lane

@@ -28,10 +28,12 @@ from creto_proxy.protocols.detect import DETECTION_HEADERS, METHOD_OVERRIDES
 from creto_proxy.target import Targets
 from creto_proxy.upstream import Upstreams
 
-# A standing lives no longer than it takes a revocation to be noticed (``service.REVOCATION_CHECK_S``).
-LEASE_S = 1.0
+# Together with ``service.REVOCATION_CHECK_S`` the second within which a revocation takes effect.
+LEASE_S = 0.5
 # Lanes kept; agents choose what they dial, so there must be a bound.
 _LANES = 1024
+# Standings of all lanes together, before all are forgotten: about fifty megabytes.
+_STANDINGS = 16384
 # By their values requests are told apart; whoever has one of the others comes to the stages.
 _NAMED = (*sorted(DETECTION_HEADERS - {*METHOD_OVERRIDES}), "accept", "content-type")
 _BARRED = (*METHOD_OVERRIDES, *PATH_OVERRIDES)
@@ -75,6 +77,7 @@ class Lanes:
         self._clock = clock
         self._sampling = sampling
         self._lanes: dict[tuple[Any, ...], Express] = {}
+        self._learned = 0
         # A stage without the method has to see every request, and so there are no lanes at all.
         self._lessors = [(plugin, getattr(stage, "lease", None)) for plugin, stage in authorizers]
         # What came before was perhaps judged by other policies than those of this epoch.
@@ -90,12 +93,11 @@ class Lanes:
         """The lane of a connection; None when some stage must see every request."""
         if not self._open:
             return None
-        # http2: what came by it may go on by it, and never takes a connection that speaks HTTP/1.
-        came = (flow.link, flow.way, flow.credentials, flow.tls, flow.http2, flow.sni)
-        key = (*came, flow.bound_names, flow.original, flow.port)
+        key = _way_in(flow)
         lane = self._lanes.get(key)
         if lane is None:
             if len(self._lanes) >= _LANES:
+                self._forget()
                 self._lanes.clear()  # open connections keep theirs
             lane = self._lanes[key] = self._make(flow)
         return lane
@@ -118,6 +120,10 @@ class Lanes:
     def close(self) -> None:
         """From now on every request comes to the stages."""
         self._open = False
+        self._forget()
+
+    def _forget(self) -> None:
+        self._learned = 0
         for lane in self._lanes.values():
             lane.clear()
 
@@ -132,6 +138,12 @@ class Lanes:
             return
         if not self._open or upstream.pool.per_key == 0:
             return
+        # A lane that was dropped may come back, but not beside another: what is kept must be known here.
+        if self._lanes.setdefault(_way_in(request.flow), lane) is not lane:
+            return
+        if self._learned >= _STANDINGS:
+            self._forget()
+        self._learned += 1
         epoch, received_ns = self._table.epoch, request.received_ns
         if epoch != self._epoch:
             self._epoch, self._since_ns = epoch, self._clock.now_ns()
@@ -193,3 +205,11 @@ class Lanes:
     def ended(self, exchange: Exchange, standing: Standing) -> None:
         """What an exchange says about its upstream."""
         self._upstreams.judge(standing.stack.key, exchange.status, exchange.error)
+
+
+def _way_in(flow: Flow) -> tuple[Any, ...]:
+    """What connections have in common that may use one lane."""
+    # What came by HTTP/2 may have to go on by it: it takes no connection that others have found to speak HTTP/1.
+    came = (flow.link, flow.way, flow.tls, flow.http2, flow.sni, flow.bound_names, flow.original, flow.port)
+    # Inside a CONNECT they are those it was granted for; outside, each request has its own and then takes no lane.
+    return (*came, flow.credentials if flow.bound_names else None)

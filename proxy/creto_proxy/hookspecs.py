@@ -78,8 +78,8 @@ class Authorizer(Protocol):
     ``request.body`` (a larger body is refused with 413).
 
     A stage may have one more method, ``lease(request) -> Lease | None``, asked about a request it has just allowed: the
-    answer says that it holds for others of the same shape, which then do not come here for a second. Without it, or
-    with None, every request does.
+    answer says that it holds for others of the same shape, which then do not come here for half a second. Without it,
+    or with None, every request does.
     """
 
     def body_limit(self, request: Request) -> int: ...
@@ -119,7 +119,7 @@ class EgressGuard(Protocol):
     with TLS for that name: "intercept", "splice"; ``raw_tcp`` whether bytes that are neither TLS nor HTTP may pass.
 
     A guard whose class says ``stable = True`` answers by its arguments and its settings alone, so that requests like
-    one it has just let through need not come here for a second.
+    one it has just let through need not come here for half a second.
     """
 
     def name_allowed(self, agent: Agent, name: str, port: int | None) -> Decision: ...

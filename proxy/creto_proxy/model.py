@@ -159,7 +159,7 @@ class Charge:
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """A stage's word that its ALLOW holds, for a second, for every request of the same shape.
+    """A stage's word that its ALLOW holds, for half a second, for every request of the same shape.
 
     The shape is agent, connection, method, scheme, host, port, upgrade and the fields by which protocols are told
     apart; the path only when ``exact``; never query, body or any other field. charge: what each of them costs.

@@ -67,8 +67,8 @@ log = logging.getLogger("creto")
 
 # A delegation is renewed when less than half of its life is left, so a long run never stands on an expired one.
 DELEGATION_TTL_S = 900
-# A revocation takes effect within this time, also on connections that are open.
-REVOCATION_CHECK_S = 1.0
+# A revocation takes effect within a second, also on connections that are open: this, and ``express.LEASE_S``.
+REVOCATION_CHECK_S = 0.5
 SYNC_INTERVAL_S = 0.005
 SYNC_REST = 4
 SWITCH_INTERVAL_S = 0.0005

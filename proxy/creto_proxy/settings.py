@@ -93,6 +93,8 @@ def _base_url(text: str) -> str:
         raise ValueError("should carry no user name or password: agents send their own credentials")
     if parts.query or parts.fragment:
         raise ValueError("should carry no query and no fragment")
+    if not parts.path.isascii():
+        raise ValueError("should have a path as it is sent, with everything but ASCII percent-encoded")
     if not _is_address(parts.hostname):
         host_name(parts.hostname)
     try:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from creto_hotpath.express import Standing
 from creto_proxy import express
+from creto_proxy.model import Flow
 
 from .test_express_lane import PERMIT, Here, creto
 
@@ -81,7 +84,7 @@ async def test_a_second_begins_when_the_request_came_not_when_it_was_sent(
         ends.append(facts["expires_ns"])
         return made(**facts)
 
-    made = express.Standing
+    made = Standing
     monkeypatch.setattr(express, "Standing", noted)
     async with creto(tmp_path, PERMIT) as here:
         gate = Gate(here.service.pipeline.upstreams, monkeypatch)
@@ -91,3 +94,27 @@ async def test_a_second_begins_when_the_request_came_not_when_it_was_sent(
         gate.opened.set()
         assert (await early)[0] == 200
         assert len(ends) == 1 and ends[0] < connecting + int(express.LEASE_S * 1e9)
+
+
+async def test_connections_that_differ_in_protocol_or_credentials_share_no_lane(tmp_path: Path) -> None:
+    async with creto(tmp_path, PERMIT) as here:
+        lanes = here.service.pipeline.lanes
+        assert lanes is not None
+        flow = Flow(id=1, link="lab", way="explicit", peer="", bound_names=("a.test",))
+        assert lanes.lane(flow) is lanes.lane(replace(flow, id=2))
+        others = {"http2": True, "credentials": "x", "sni": "a.test", "port": 8080, "tls": True, "link": "other"}
+        kinds = [lanes.lane(replace(flow, **{name: value})) for name, value in others.items()]  # type: ignore[arg-type]
+        assert len({id(lane) for lane in (*kinds, lanes.lane(flow))}) == len(kinds) + 1
+
+
+async def test_there_is_a_most_that_all_lanes_keep_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(express, "_STANDINGS", 4)
+    reads_path = 'forbid (principal, action, resource) when { context.path == "/base/no" };'
+    async with creto(tmp_path, PERMIT, reads_path) as here:
+        lanes = here.service.pipeline.lanes
+        assert lanes is not None
+        kept = []
+        for number in range(6):
+            await here.ask(f"/up/{number}")
+            kept.append(sum(len(lane) for lane in lanes._lanes.values()))
+        assert kept == [1, 2, 3, 4, 1, 2]

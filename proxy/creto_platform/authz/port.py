@@ -146,9 +146,9 @@ class Authz(Protocol):
         ...
 
     def lasting(self, query: Query) -> frozenset[str] | None:
-        """Names of the context attributes on which the answer to ``query`` depends, besides who asks and for what.
+        """Names of the context attributes on which an "allow" for ``query`` depends, besides who asks and for what.
 
-        None when the answer may be another one next time although nothing of that has changed.
+        None when it is not allowed, or when the answer may be another one next time although nothing of that changed.
         """
         ...
 
