@@ -25,6 +25,7 @@ cdef class Journal:
     cdef object opener
     cdef list retired           # full segments that no sync has seen
     cdef tuple spare
+    cdef object syncing
 
     cdef int check_open(self) except -1
     cdef uint8_t *room(self, Py_ssize_t n) except NULL
@@ -45,4 +46,5 @@ cdef class Journal:
     cdef int rotate(self) except -1
     cdef int next_segment(self) except -1
     cdef int abandon(self) except -1
+    cdef int force(self) except -1
     cdef int prepare(self) except -1

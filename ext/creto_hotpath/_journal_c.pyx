@@ -9,6 +9,7 @@ size of a busy turn.
 import errno as errors
 import os
 import stat
+import threading
 
 cimport cython
 
@@ -119,6 +120,7 @@ cdef class Journal:
         self.max_pending = max_pending
         self.healthy = True
         self.retired = []
+        self.syncing = threading.Lock()
         self.fd, self.path = files.begin_segment(self.directory, self.worker, opener)
         self.open_map()
 
@@ -428,13 +430,17 @@ cdef class Journal:
 
     def sync(self):
         """Flushes, then waits until the disk has it. See ``_journal_py.Journal.sync``."""
+        with self.syncing:
+            self.force()
+
+    cdef int force(self) except -1:
         cdef int fd, code = 0
         self.flush()
         self.unsynced = False
         path = self.path
-        # A duplicate, because another thread may begin the next segment while this one waits without the GIL.
-        fds = [*self.retired, os.dup(self.fd)]
-        self.retired.clear()
+        # Every call below lets other threads in, which may begin the next segment.
+        fds, self.retired = self.retired, []
+        fds.append(os.dup(self.fd))
         for each in fds:
             fd = each
             with nogil:
@@ -444,7 +450,7 @@ cdef class Journal:
         if code:
             self.abandon()
             raise OSError(code, strerror(code).decode(), path)
-        self.prepare()
+        return self.prepare()
 
     cdef int prepare(self) except -1:
         """Makes the next segment while nobody waits for it."""
