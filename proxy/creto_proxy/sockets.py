@@ -7,6 +7,8 @@ import resource
 import socket
 from typing import cast
 
+from creto_proxy.model import Permit
+
 # Journal, ledger, audit log and keys must always find a descriptor, however many connections agents open.
 _RESERVED_DESCRIPTORS = 128
 
@@ -42,3 +44,31 @@ def duplicate(transport: asyncio.Transport) -> socket.socket:
     copy.setblocking(False)
     transport.close()
     return copy
+
+
+class Parked(asyncio.Protocol):
+    """Holds a new connection still, and keeps what it said before whoever will own it is there.
+
+    Event loops may start to read only after ``connection_made``, so pausing there is not enough.
+    """
+
+    transport: asyncio.Transport
+
+    def __init__(self) -> None:
+        self.received = b""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+        self.transport.pause_reading()
+
+    def data_received(self, data: bytes) -> None:
+        self.received += data
+        self.transport.pause_reading()
+
+
+class Dialled(Parked):
+    """A connection that was made by ``permit``."""
+
+    def __init__(self, permit: Permit) -> None:
+        super().__init__()
+        self.permit = permit

@@ -11,8 +11,8 @@ from creto_proxy.model import Agent, Decision, Flow, Kind, Request, Usage, Verdi
 from creto_proxy.pipeline import Pipeline
 from creto_proxy.protect import InFlight
 from creto_proxy.sniff import reset
+from creto_proxy.sockets import Parked
 from creto_proxy.target import request_id
-from creto_proxy.upstream import Parked
 
 
 class NoFields:

@@ -17,10 +17,11 @@ from typing import Any, TypeVar, cast
 from creto_hotpath.relay import Pool, Upstream
 from creto_proxy.egress import genuine
 from creto_proxy.errors import CretoError, UpstreamTimeout, UpstreamUnreachable
-from creto_proxy.h2.origins import ALPN, Arriving, Origins
+from creto_proxy.h2.origins import ALPN, Origins
 from creto_proxy.model import Permit, Request
 from creto_proxy.protect.breaker import Health
 from creto_proxy.protect.retries import RetryBudget
+from creto_proxy.sockets import Dialled
 
 P = TypeVar("P", bound=asyncio.BaseProtocol)
 
@@ -100,19 +101,19 @@ class Upstreams:
         _, upstream = await self._dial(permits, lambda permit: Upstream(self._pool, permit.key))
         return upstream
 
-    def _dial_h2(self, permits: Sequence[Permit], way: str) -> Callable[[], Awaitable[Arriving]]:
-        async def dial() -> Arriving:
+    def _dial_h2(self, permits: Sequence[Permit], way: str) -> Callable[[], Awaitable[Dialled]]:
+        async def dial() -> Dialled:
             dialler = self._negotiating if way == ALPN else self
-            _, arriving = await dialler._dial(permits, Arriving)
+            _, arriving = await dialler._dial(permits, Dialled)
             return arriving
 
         return dial
 
-    async def open_raw(self, permits: Sequence[Permit]) -> Parked:
+    async def open_raw(self, permits: Sequence[Permit]) -> Dialled:
         """A fresh connection for bytes both ways, held still until a tunnel takes it over."""
-        _, parked = await self._dial(permits, lambda permit: Parked(permit.key))
+        _, parked = await self._dial(permits, Dialled)
         if self.health.bad:
-            self.health.answered(parked.key)  # of what flows inside nothing will be known
+            self.health.answered(parked.permit.key)  # of what flows inside nothing will be known
         return parked
 
     async def _dial(self, permits: Sequence[Permit], make: Callable[[Permit], P]) -> tuple[asyncio.Transport, P]:
@@ -208,27 +209,6 @@ class Upstreams:
         if self._origins is not None:
             self._origins.close()
         self._pool.close()
-
-
-class Parked(asyncio.Protocol):
-    """Holds a new connection still, and keeps what it said before the tunnel that will own it exists.
-
-    Event loops may start to read only after ``connection_made``, so pausing there is not enough.
-    """
-
-    transport: asyncio.Transport
-
-    def __init__(self, key: Hashable = None) -> None:
-        self.key = key
-        self.received = b""
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast(asyncio.Transport, transport)
-        self.transport.pause_reading()
-
-    def data_received(self, data: bytes) -> None:
-        self.received += data
-        self.transport.pause_reading()
 
 
 def _require_genuine(permit: Permit) -> None:

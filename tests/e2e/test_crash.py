@@ -136,7 +136,7 @@ def test_nothing_is_lost_or_doubled_however_often_the_sidecar_is_killed(
             time.sleep(moments.uniform(0, 0.05))
         kill(process)
         if after > 0:
-            wait_for(ended)
+            wait_for(ended, timeout=60)  # the resolver of an agent without creto is patient
         completed += lines(done)
     recorded = paths_in_agreement(creto)
     assert len(completed) >= 298, "as many as were waited for"

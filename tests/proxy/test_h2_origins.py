@@ -17,6 +17,7 @@ import h2.config
 import h2.connection
 import h2.events
 import pytest
+from h2.connection import ConnectionState
 
 from creto_proxy.model import Decision, Verdict
 
@@ -183,7 +184,8 @@ def _refuse_the_first(listener: socket.socket, how: str, seen: list[int]) -> Non
             connection = h2.connection.H2Connection(h2.config.H2Configuration(client_side=False))
             connection.initiate_connection()
             sock.sendall(connection.data_to_send())
-            while data := sock.recv(65536):
+            # After its GOAWAY the h2 package takes nothing more; what was on its way is not looked at.
+            while (data := sock.recv(65536)) and connection.state_machine.state is not ConnectionState.CLOSED:
                 for event in connection.receive_data(data):
                     if not isinstance(event, h2.events.RequestReceived):
                         continue

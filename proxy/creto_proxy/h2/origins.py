@@ -15,6 +15,7 @@ from creto_proxy.h2.agents import AgentStream
 from creto_proxy.h2.endpoint import CANCEL, PROTOCOL_ERROR, REFUSED_STREAM, Endpoint, Pair, Stream
 from creto_proxy.h2.message import Malformed, TooLarge, is_grpc, request_pairs, response_head, trailer_fields
 from creto_proxy.model import Permit, Request
+from creto_proxy.sockets import Dialled
 
 # Origins are far: a megabyte on the way keeps a 100 Mbit/s path of 80 ms full.
 _STREAM_WINDOW = 1 << 20
@@ -260,24 +261,6 @@ class OriginConnection(Endpoint):
         super().connection_lost(exc)
 
 
-class Arriving(asyncio.Protocol):
-    """A new connection, held still until it is known what it speaks."""
-
-    transport: asyncio.Transport
-
-    def __init__(self, permit: Permit) -> None:
-        self.permit = permit
-        self.received = b""
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast(asyncio.Transport, transport)
-        self.transport.pause_reading()
-
-    def data_received(self, data: bytes) -> None:
-        self.received += data
-        self.transport.pause_reading()
-
-
 class Origins:
     """The HTTP/2 connections to upstreams, by permit key. prior: (host, port) that are spoken to in HTTP/2 unasked."""
 
@@ -311,7 +294,7 @@ class Origins:
         return self.acquire(permit.key)
 
     async def connect(
-        self, permits: Sequence[Permit], request: Request, pool: Pool, dial: Callable[[], Awaitable[Arriving]]
+        self, permits: Sequence[Permit], request: Request, pool: Pool, dial: Callable[[], Awaitable[Dialled]]
     ) -> Upstream:
         """An exchange on an open connection, on one that is just being dialled, or on one made by ``dial``; nobody's
         approval is spent on a connection that may be dead already. Raises what ``dial`` does, and UpstreamUnreachable
@@ -333,7 +316,7 @@ class Origins:
                 del self._dialling[key]
             done.set_result(None)
 
-    def _arrived(self, arriving: Arriving, request: Request, pool: Pool) -> Upstream:
+    def _arrived(self, arriving: Dialled, request: Request, pool: Pool) -> Upstream:
         transport, permit = arriving.transport, arriving.permit
         session = transport.get_extra_info("ssl_object")
         if session is None or session.selected_alpn_protocol() == "h2":
