@@ -27,6 +27,8 @@ BATCH = 2000
 # How often other processes' journals are looked at. Ledger and audit log are synced per batch, so a little patience is
 # worth hundreds of records in one.
 GATHER_S = 0.2
+# Niceness of the thread that derives while others serve: on a full machine requests go first.
+BEHIND = 10
 # How often a process that lives long looks for journals of others that have died.
 ADOPT_EVERY_S = 5.0
 # Consumers are derived state: a failing one is retried, ever more slowly, while the journal keeps everything.
@@ -124,6 +126,8 @@ class Replay:
         return not self._thread.is_alive() and self._failures == 0 and not self._abandon.is_set()
 
     def _run(self) -> None:
+        if self._patience_s is not None:
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), BEHIND)
         while True:
             stopping = self._stop.is_set()
             self.wake.clear()
