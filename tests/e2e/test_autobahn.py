@@ -23,6 +23,7 @@ from typing import Any
 
 import pytest
 
+from .test_ways import free_port
 from .websocket_echo import Echo
 
 CHOSEN = os.environ.get("CRETO_AUTOBAHN", "")
@@ -105,9 +106,7 @@ def sidecar(folder: Path, upstream: int) -> Iterator[int]:
     (site / "watching.py").write_text(PLUGIN)
     (site / "watching-0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: watching\nVersion: 0\n")
     (site / "watching-0.dist-info" / "entry_points.txt").write_text("[creto]\nwatching = watching:Watching\n")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
+    port = free_port()
     config = folder / "creto.toml"
     config.write_text(CONFIG.format(folder=folder, upstream=upstream, port=port))
     path = os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")])
