@@ -18,7 +18,9 @@ cdef class Journal:
     cdef bint turning           # the next segment is being begun
     cdef readonly bint healthy
     cdef readonly bint unsynced
+    cdef public object dirtied
     cdef readonly int64_t records
+    cdef int64_t generation     # of segments
     cdef readonly str path
     cdef str directory
     cdef str worker

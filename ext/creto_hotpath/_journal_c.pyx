@@ -16,7 +16,7 @@ cimport cython
 from creto_hotpath import _journal_file as files
 
 from cpython.bytearray cimport PyByteArray_AS_STRING, PyByteArray_Check, PyByteArray_GET_SIZE
-from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_Check, PyBytes_GET_SIZE
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_Check, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.dict cimport PyDict_Check, PyDict_Next, PyDict_Size
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.float cimport PyFloat_AS_DOUBLE, PyFloat_Check
@@ -56,6 +56,8 @@ cdef extern from "_native.h" nogil:
     uint32_t cr_crc_soft(uint32_t, const unsigned char *, size_t)
     uint32_t cr_crc_hard(uint32_t, const unsigned char *, size_t)
     bint cr_crc_has_hard()
+    int64_t cr_expanded(const uint8_t *, size_t, size_t)
+    void cr_expand(const uint8_t *, const uint8_t *, size_t, uint8_t *)
 
 cr_crc_init()
 
@@ -64,6 +66,7 @@ cdef int64_t LOWEST_INT32 = -(<int64_t>1 << 31)
 cdef uint32_t ONES = ~<uint32_t>0
 cdef Py_ssize_t HEADER_BYTES = files.HEADER_BYTES
 cdef Py_ssize_t MAX_PAYLOAD = files.MAX_PAYLOAD
+cdef uint8_t ABBREVIATED = files.ABBREVIATED
 # How much of a segment is allocated at a time; a full disk is met there, and not as a signal in the middle of a store.
 cdef int64_t STEP = 1 << 16
 # msgpack-python's own limit, so that both forms refuse the same records
@@ -87,9 +90,27 @@ def crc32c_table(bytes data not None):
     return <uint32_t>(cr_crc_soft(ONES, p, PyBytes_GET_SIZE(data)) ^ ONES)
 
 
+def expand(bytes base not None, bytes payload not None):
+    """What ``payload`` abbreviates, None when it does not fit. See ``_journal_file.expand``."""
+    cdef const uint8_t *p = <const uint8_t *>PyBytes_AS_STRING(payload)
+    cdef Py_ssize_t n = PyBytes_GET_SIZE(payload)
+    cdef int64_t size = cr_expanded(p, n, PyBytes_GET_SIZE(base))
+    cdef bytes out
+    if size < 0:
+        return None
+    out = PyBytes_FromStringAndSize(NULL, size)
+    cr_expand(<const uint8_t *>PyBytes_AS_STRING(base), p, n, <uint8_t *>PyBytes_AS_STRING(out))
+    return out
+
+
+def payload_at(fd, offset):
+    """The payload of the frame at ``offset``. See ``_journal_file.payload_at``."""
+    return files.payload_at(fd, offset, crc32c)
+
+
 def read_frames(path, offset=0):
     """``(payload, next offset)`` of every whole frame from ``offset`` on. See ``_journal_py.read_frames``."""
-    return files.read_frames(path, offset, crc32c)
+    return files.read_frames(path, offset, crc32c, expand)
 
 
 def recover(path):
@@ -296,6 +317,8 @@ cdef class Journal:
         cdef int64_t offset = self.written + before
         try:
             if PyBytes_Check(record):
+                if PyBytes_GET_SIZE(record) and <uint8_t>PyBytes_AS_STRING(record)[0] == ABBREVIATED:
+                    raise files.not_msgpack()
                 self.raw(PyBytes_AS_STRING(record), PyBytes_GET_SIZE(record))
             elif PyTuple_Check(record) or PyList_Check(record):
                 self.pack(record, DEEPEST)
@@ -399,7 +422,10 @@ cdef class Journal:
         self.begin = self.end = 0
         if wrote:
             self.healthy = True
-            self.unsynced = True
+            if not self.unsynced:
+                self.unsynced = True
+                if self.dirtied is not None:
+                    self.dirtied()
         if self.written >= self.segment_bytes and not self.turning:
             self.rotate()
 
@@ -425,6 +451,7 @@ cdef class Journal:
         self.fd = fd
         self.path = path
         self.written = 0
+        self.generation += 1
         self.open_map()
         return 0
 

@@ -4,7 +4,11 @@ A segment ``<worker>-<n>.jnl`` is frames and nothing else:
 
     u32 length of the payload, at least 1      little-endian
     u32 CRC-32C over those four bytes and the payload
-    payload, msgpack
+    payload, msgpack; or, where it begins with 0xC1, which no msgpack does, abbreviated:
+
+        0xC1, u32 offset in this segment of an earlier frame, itself not abbreviated
+        then, to the end: u8 keep, u8 drop, u8 add, and so many bytes: keep that many of the earlier payload,
+        leave out that many, put these in their place. What follows the last of them there is left out.
 
 A process that dies leaves at most a torn last frame. Whether a bad frame is that, or damage to what was once whole,
 is told by what follows it: nothing whole can follow a torn tail.
@@ -27,6 +31,9 @@ HEADER_BYTES: Final = HEADER.size
 MAX_PAYLOAD: Final = 16 << 20
 MAX_PENDING: Final = 16 << 20
 SEGMENT_BYTES: Final = 64 << 20
+ABBREVIATED: Final = 0xC1
+# An abbreviated frame is at most this far behind the one it refers to: so much is lost with that one, and no more.
+REACH: Final = 1 << 18
 
 _WINDOW: Final = 1 << 20
 _WORKER: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
@@ -34,6 +41,7 @@ _SEGMENT: Final = re.compile(r"(?P<worker>[A-Za-z0-9][A-Za-z0-9_.-]{0,127})-(?P<
 
 Opener: TypeAlias = Callable[[str, int], int]
 Crc: TypeAlias = Callable[[bytes], int]
+Expand: TypeAlias = Callable[[bytes, bytes], bytes | None]
 
 
 class JournalCorrupt(ValueError):
@@ -119,11 +127,73 @@ def frame_error(length: int) -> ValueError:
     return ValueError(f"a record must be 1 to {MAX_PAYLOAD} bytes, got {length}")
 
 
+def not_msgpack() -> ValueError:
+    return ValueError("a record that is bytes must be msgpack, which never begins with 0xC1")
+
+
 def full_error(path: str, pending: int) -> JournalFull:
     return JournalFull(errno.ENOBUFS, f"{pending} bytes wait to be written", path)
 
 
-def read_frames(path: str | os.PathLike[str], offset: int, crc32c: Crc) -> Iterator[tuple[bytes, int]]:
+class _References:
+    """Payloads of one segment that abbreviated ones refer to."""
+
+    def __init__(self, name: str, fd: int, crc32c: Crc, expand: Expand) -> None:
+        self._name = name
+        self._fd = fd
+        self._crc32c = crc32c
+        self._expand = expand
+        self._known: dict[int, bytes] = {}
+
+    def full(self, payload: bytes, offset: int) -> bytes:
+        """The whole of an abbreviated payload, whose frame is at ``offset``. Raises JournalCorrupt."""
+        at = int.from_bytes(payload[1:5], "little")
+        base = self._known.get(at)
+        if base is None:
+            base = self._known[at] = self._read(at, offset)
+        whole = self._expand(base, payload)
+        if whole is None:
+            raise JournalCorrupt(self._name, offset, f"it does not fit the frame at byte {at}")
+        return whole
+
+    def _read(self, at: int, offset: int) -> bytes:
+        payload = payload_at(self._fd, at, self._crc32c) if refers(at, offset) else None
+        if payload is None:
+            raise JournalCorrupt(self._name, offset, f"it refers to byte {at}, where there is no whole frame")
+        return payload
+
+
+def refers(at: int, offset: int) -> bool:
+    """Whether the frame at ``offset`` may refer to one at ``at``."""
+    return at < offset <= at + REACH + MAX_PENDING
+
+
+def payload_at(fd: int, at: int, crc32c: Crc) -> bytes | None:
+    """The payload of the frame at ``at``; None when none is there that is whole and not abbreviated itself."""
+    head = os.pread(fd, HEADER_BYTES, at)
+    length = HEADER.unpack(head)[0] if len(head) == HEADER_BYTES else 0
+    frame = head + os.pread(fd, length, at + HEADER_BYTES) if 1 <= length <= MAX_PAYLOAD else b""
+    payload = _frame(frame, 0, crc32c)
+    return None if payload is None or payload[0] == ABBREVIATED else payload
+
+
+def expand(base: bytes, payload: bytes) -> bytes | None:
+    """What ``payload`` abbreviates, ``base`` being the payload it refers to; None when it does not fit."""
+    pieces: list[bytes] = []
+    at, i = 0, 5
+    while i + 3 <= len(payload):
+        keep, drop, add = payload[i : i + 3]
+        if at + keep + drop > len(base) or i + 3 + add > len(payload):
+            return None
+        pieces += (base[at : at + keep], payload[i + 3 : i + 3 + add])
+        at += keep + drop
+        i += 3 + add
+    return b"".join(pieces) if i == len(payload) and any(pieces) else None
+
+
+def read_frames(
+    path: str | os.PathLike[str], offset: int, crc32c: Crc, expand: Expand
+) -> Iterator[tuple[bytes, int]]:
     """Payloads of the whole frames from ``offset`` on, each with the offset behind it. See ``journal.read_frames``."""
     name = os.fspath(path)
     fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC)
@@ -132,6 +202,7 @@ def read_frames(path: str | os.PathLike[str], offset: int, crc32c: Crc) -> Itera
         if not 0 <= offset <= size:
             raise JournalCorrupt(name, offset, f"the file has only {size} bytes")
         base, at, data = offset, 0, b""
+        references = _References(name, fd, crc32c, expand)
         while True:
             payload = _frame(data, at, crc32c)
             if payload is None and (chunk := os.pread(fd, _WINDOW, base + len(data))):
@@ -141,8 +212,8 @@ def read_frames(path: str | os.PathLike[str], offset: int, crc32c: Crc) -> Itera
                 continue
             if payload is None:
                 break
-            at += HEADER_BYTES + len(payload)
-            yield payload, base + at
+            begins, at = base + at, at + HEADER_BYTES + len(payload)
+            yield (payload if payload[0] != ABBREVIATED else references.full(payload, begins)), base + at
         _judge(name, fd, base + at, crc32c)
     finally:
         os.close(fd)
@@ -229,7 +300,7 @@ def recover(path: str | os.PathLike[str], crc32c: Crc) -> int:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise JournalBusy(error.errno, "the segment is still being written", name) from error
-        end = max((behind for _, behind in read_frames(name, 0, crc32c)), default=0)
+        end = max((behind for _, behind in read_frames(name, 0, crc32c, expand)), default=0)
         size = os.fstat(fd).st_size
         if end < size:
             os.ftruncate(fd, end)

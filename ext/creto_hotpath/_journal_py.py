@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, Literal
 
 import msgpack
@@ -37,9 +37,15 @@ def read_frames(path: str | os.PathLike[str], offset: int = 0) -> Iterator[tuple
 
     Stops in front of a torn tail, so it may follow a segment that is still being written: call it again with the last
     offset. Raises JournalCorrupt when a frame was damaged that others were written after, or ``offset`` lies behind
-    the end; OSError when the file cannot be read.
+    the end or a frame abbreviates what is not there; OSError when the file cannot be read.
     """
-    return files.read_frames(path, offset, crc32c)
+    return files.read_frames(path, offset, crc32c, files.expand)
+
+
+def payload_at(fd: int, offset: int) -> bytes | None:
+    """The payload of the frame at ``offset`` of an open segment; None when none is there that is whole and not
+    abbreviated itself."""
+    return files.payload_at(fd, offset, crc32c)
 
 
 def recover(path: str | os.PathLike[str]) -> int:
@@ -61,7 +67,8 @@ class Journal:
     When a write fails (a full disk), OSError comes out of the call that wrote, ``healthy`` is False and the bytes stay
     in the buffer, in order, for the next flush. With ``max_pending`` bytes waiting, ``append`` raises JournalFull.
 
-    opener: ``opener(path, flags) -> fd`` instead of open(2) with mode 0600.
+    opener: ``opener(path, flags) -> fd`` instead of open(2) with mode 0600. ``dirtied``, when it is set, is called at
+    the first write after a sync.
     """
 
     def __init__(
@@ -89,6 +96,7 @@ class Journal:
         self._written = 0
         self._healthy = True
         self._unsynced = False
+        self.dirtied: Callable[[], object] | None = None
         self._records = 0
         self._retired: list[int] = []  # full segments that no sync has seen
         self._spare: tuple[int, str] | None = None
@@ -151,6 +159,8 @@ class Journal:
                 raise TypeError(f"a record is bytes, a tuple or a list, not {type(record).__name__}")
             if not 1 <= len(payload) <= files.MAX_PAYLOAD:
                 raise files.frame_error(len(payload))
+            if payload[0] == files.ABBREVIATED:
+                raise files.not_msgpack()
             if len(self._buffer) + len(payload) + files.HEADER_BYTES > self._max_pending:
                 raise files.full_error(self._path, len(self._buffer))
             offset = self.offset
@@ -176,7 +186,10 @@ class Journal:
                 self._written += n
                 wrote = True
             self._healthy = self._healthy or wrote
-            self._unsynced = self._unsynced or wrote
+            if wrote and not self._unsynced:
+                self._unsynced = True
+                if self.dirtied is not None:
+                    self.dirtied()
             if self._written >= self._segment_bytes:
                 self._rotate()
 

@@ -258,4 +258,30 @@ static inline void cr_tune_malloc(void) {
 #endif
 }
 
+/* Abbreviated journal payloads (_journal_file.py): keep, drop and add, again and again, behind five bytes. */
+
+/* How long the whole payload is, -1 when p, of n bytes, does not fit an earlier one of `there` bytes. */
+static inline int64_t cr_expanded(const uint8_t *p, size_t n, size_t there) {
+    size_t i = 5, at = 0, size = 0;
+    while (i + 3 <= n) {
+        if (at + p[i] + p[i + 1] > there || i + 3 + p[i + 2] > n) return -1;
+        size += (size_t)p[i] + p[i + 2];
+        at += (size_t)p[i] + p[i + 1];
+        i += 3 + (size_t)p[i + 2];
+    }
+    return i == n && size ? (int64_t)size : -1;
+}
+
+/* Writes what cr_expanded has measured. */
+static inline void cr_expand(const uint8_t *earlier, const uint8_t *p, size_t n, uint8_t *out) {
+    size_t i = 5;
+    while (i < n) {
+        memcpy(out, earlier, p[i]);
+        memcpy(out + p[i], p + i + 3, p[i + 2]);
+        out += (size_t)p[i] + p[i + 2];
+        earlier += (size_t)p[i] + p[i + 1];
+        i += 3 + (size_t)p[i + 2];
+    }
+}
+
 #endif

@@ -14,11 +14,12 @@ from creto_hotpath._journal_file import (
 from creto_hotpath._select import select
 
 if TYPE_CHECKING:
-    from creto_hotpath._journal_py import Journal, crc32c, read_frames, recover
+    from creto_hotpath._journal_py import Journal, crc32c, payload_at, read_frames, recover
 else:
     _impl = select("journal")
     Journal = _impl.Journal
     crc32c = _impl.crc32c
+    payload_at = _impl.payload_at
     read_frames = _impl.read_frames
     recover = _impl.recover
 
@@ -29,6 +30,7 @@ __all__ = [
     "JournalCorrupt",
     "JournalFull",
     "crc32c",
+    "payload_at",
     "read_frames",
     "recover",
     "segments",

@@ -54,7 +54,7 @@ def test_crc32c_gives_the_values_of_rfc_3720(form: Form, data: bytes, crc: int) 
     assert form("journal").crc32c(data) == crc
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(st.binary(max_size=100))
 def test_crc32c_is_the_same_by_instruction_by_table_and_by_byte(both: tuple[Form, Form], data: bytes) -> None:
     compiled, twin = (form("journal") for form in both)
@@ -96,7 +96,7 @@ values = st.recursive(
 )
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(st.lists(values, max_size=20).map(tuple))
 def test_both_forms_write_what_msgpack_writes(both: tuple[Form, Form], record: tuple[Any, ...]) -> None:
     with tempfile.TemporaryDirectory() as directory:
@@ -558,3 +558,110 @@ def test_a_reader_follows_a_journal_that_is_being_written(form: Form, tmp_path: 
             at = frames[-1][1] if frames else at
         writer.join()
         assert found == 3000
+
+
+# what is written short
+
+
+def framed(form: Form, *payloads: bytes) -> bytes:
+    frames = []
+    for payload in payloads:
+        length = len(payload).to_bytes(4, "little")
+        frames.append(length + form("journal").crc32c(length + payload).to_bytes(4, "little") + payload)
+    return b"".join(frames)
+
+
+def short(at: int, *pieces: tuple[int, int, bytes]) -> bytes:
+    """A payload that says how it differs from that of the frame at ``at``: (keep, drop, put in)."""
+    return b"\xc1" + at.to_bytes(4, "little") + b"".join(bytes([k, d, len(add)]) + add for k, d, add in pieces)
+
+
+def test_an_abbreviated_record_is_read_as_it_was(form: Form, tmp_path: Path) -> None:
+    path = tmp_path / "w-00000001.jnl"
+    head = framed(form, b"first")
+    at = len(head)
+    path.write_bytes(head + framed(form, b"0123456789", short(at, (2, 3, b"abc"), (4, 0, b"")), short(0, (1, 4, b"or"))))
+    assert payloads(form, path) == [b"first", b"0123456789", b"01abc5678", b"for"]
+    ends = [end for _, end in form("journal").read_frames(path)]
+    assert payloads(form, path, ends[1]) == [b"01abc5678", b"for"], "also by whoever begins behind what it refers to"
+    assert form("journal").recover(path) == 0
+
+
+@pytest.mark.parametrize(
+    ("payload", "why"),
+    [
+        (short(0, (6, 0, b"")), "does not fit"),
+        (short(0, (3, 3, b"")), "does not fit"),
+        (short(0, (0, 0, b"")), "does not fit"),
+        (short(0), "does not fit"),
+        (short(0, (1, 0, b"ab"))[:-1], "does not fit"),
+        (short(0, (1, 0, b"")) + b"x", "does not fit"),
+        (b"\xc1", "no whole frame"),
+        (short(1, (1, 0, b"")), "no whole frame"),
+        (short(13, (1, 0, b"")), "no whole frame"),  # itself
+        (short(500, (1, 0, b"")), "no whole frame"),
+        (short(2**32 - 1, (1, 0, b"")), "no whole frame"),
+    ],
+)
+def test_an_abbreviation_of_what_is_not_there_is_damage(
+    form: Form, tmp_path: Path, payload: bytes, why: str
+) -> None:
+    path = tmp_path / "w-00000001.jnl"
+    data = framed(form, b"first", payload, b"last")
+    path.write_bytes(data)
+    if payload == b"\xc1":
+        why = "does not fit"  # byte 0, where there is one
+    read = form("journal").read_frames(path)
+    assert next(read)[0] == b"first"
+    with pytest.raises(JournalCorrupt, match=why):
+        next(read)
+    with pytest.raises(JournalCorrupt):
+        form("journal").recover(path)
+    assert path.read_bytes() == data
+
+
+def test_an_abbreviation_of_an_abbreviation_is_damage(form: Form, tmp_path: Path) -> None:
+    path = tmp_path / "w-00000001.jnl"
+    path.write_bytes(framed(form, b"first", short(0, (1, 0, b"")), short(13, (1, 0, b""))))
+    with pytest.raises(JournalCorrupt, match="refers to byte 13"):
+        payloads(form, path)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.binary(max_size=60),
+    st.lists(st.tuples(st.integers(0, 70), st.integers(0, 9), st.binary(max_size=9)), max_size=4),
+    st.binary(max_size=2),
+)
+def test_both_forms_expand_alike(
+    both: tuple[Form, Form], base: bytes, pieces: list[tuple[int, int, bytes]], rest: bytes
+) -> None:
+    compiled, twin = (form("journal") for form in both)
+    payload = short(0, *pieces) + rest
+    assert compiled.expand(base, payload) == twin.files.expand(base, payload)
+
+
+def test_bytes_that_would_be_taken_for_an_abbreviation_are_refused(form: Form, tmp_path: Path) -> None:
+    with form("journal").Journal(tmp_path, "w") as journal:
+        with pytest.raises(ValueError, match="never begins with 0xC1"):
+            journal.append(b"\xc1whatever")
+        journal.append(b"\x01")
+    assert payloads(form, journal.path) == [b"\x01"]
+
+
+def test_the_first_write_after_a_sync_is_told(form: Form, tmp_path: Path) -> None:
+    with form("journal").Journal(tmp_path, "w") as journal:
+        told: list[bool] = []
+        journal.dirtied = lambda: told.append(journal.unsynced)
+        journal.append((1,))
+        assert told == [], "nothing was written yet"
+        for _ in range(3):
+            journal.append((2,))
+            journal.flush()
+        assert told == [True]
+        journal.sync()
+        journal.flush()
+        assert told == [True]
+        journal.append((3,))
+        journal.flush()
+        assert told == [True, True]

@@ -6,12 +6,14 @@ import atexit
 import shutil
 import struct
 import tempfile
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from creto_hotpath._journal_file import JournalCorrupt
+from creto_hotpath._journal_file import ABBREVIATED, JournalCorrupt
 from creto_platform.audit import LogTampered, NoteInvalid, ProofInvalid, Verifier, check_proof, merkle, parse_vkey
+from creto_platform.audit import encode as encode_record
 from creto_platform.audit.disk import Disk
 from creto_platform.audit.note import checkpoint_text, open_checkpoint, unverified_checkpoint
 from creto_platform.audit.tiles import decode_bundle, encode_bundle, parse_tile_path, tile_path
@@ -20,11 +22,14 @@ from creto_platform.crypto import ED25519, ML_DSA_65, BadSignature, EmbeddedCryp
 from creto_platform.nhi import BadScope, Capability, Refused, spiffe
 from creto_platform.nhi.delegation import parse
 from creto_platform.wire import WireError, pack, unpack
-from creto_proxy.audit import decode, encode
+from creto_proxy.audit import ENTRY, audit_record, decode, encode
+from creto_proxy.batch import FIELD, LAYOUT, Made
+from creto_proxy.model import Outcome, Usage
 
 from .invariants import answer, forms, same, sizes
 
 FORMS = forms("journal")
+RECORDS = forms("records")
 SIGNED = b"signed"
 
 
@@ -65,9 +70,12 @@ def check_journal(data: bytes) -> None:
     path.write_bytes(data)
     found, damage = same([_frames(form, path) for form in FORMS])
     assert b"".join(struct.pack("<I", len(payload)) for payload, _ in found) is not None
+    for form in RECORDS:
+        taken = form.Records(form.Layout("s"), data, 0, len(data))
+        assert [(taken.payload(n), taken.end_of(n)) for n in range(len(taken))] == found
     for index, (payload, end) in enumerate(found):
         begin = found[index - 1][1] if index else 0
-        assert data[begin + 8 : end] == payload and payload
+        assert payload and (data[begin + 8 : end] == payload or data[begin + 8] == ABBREVIATED)
     cut = [answer(form.recover, _again(path, data), refusals=JournalCorrupt) for form in FORMS]
     if damage:
         assert same(cut) == f"JournalCorrupt: {damage}" and path.read_bytes() == data
@@ -90,13 +98,48 @@ def _again(path: Path, data: bytes) -> Path:
 
 
 def check_outcome(data: bytes) -> None:
-    """A journal record is an outcome that is written again as it was read, or refused."""
+    """A journal record is an outcome that is written again as it was read, or refused; consumers that take it as it
+    stands get what they would get of the outcome."""
+    usual = same([_derived(form, data) for form in RECORDS])
     try:
         outcome = decode(data)
     except ValueError:
+        assert usual is None, "a record that cannot be read"
         return
     once = encode(outcome)
     assert encode(decode(once)) == once
+    if usual is not None:
+        values, entry = usual
+        assert values == tuple(_values(outcome))
+        assert entry == encode_record(audit_record(outcome))
+
+
+def _derived(form: Any, payload: bytes) -> tuple[tuple[Any, ...], bytes] | None:
+    """Every field of a record and its entry in the audit log; None for one that is left to ``decode``."""
+    if not payload:
+        return None
+    head = struct.pack("<I", len(payload))
+    frame = head + struct.pack("<I", FORMS[0].crc32c(head + payload)) + payload
+    found = form.Records(form.Layout(LAYOUT.kinds), frame, 0, 2)
+    assert (len(found), found.end, found.payload(0)) == (1, len(frame), payload)
+    parts = tuple(_part(form, part) for part in ENTRY)
+    rows, entries = found.rows(range(len(FIELD))), found.entries(parts)
+    assert (found.odd == (0,)) == (rows == [None]) == (entries == [None])
+    return None if found.odd else (rows[0], entries[0])
+
+
+def _part(form: Any, part: Any) -> Any:
+    if isinstance(part, tuple):
+        return tuple(_part(form, each) for each in part)
+    return form.Made(part.fields, part.function) if isinstance(part, Made) else part
+
+
+def _values(outcome: Outcome) -> Iterator[Any]:
+    for value in outcome:
+        if isinstance(value, Usage):
+            yield from (value.certainty, value.provider, value.model, value.tokens, value.cost_nano_usd)
+        else:
+            yield value
 
 
 def check_wal(data: bytes) -> None:
