@@ -9,87 +9,28 @@ others is derived from it and never billed twice.
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import sqlite
 
+from creto_metering import tables
+from creto_metering.groups import By
+from creto_metering.tables import TOKENS, chain, chain_member, cursor, request
+from creto_proxy.batch import FIELD, Batch, Counts, Made
 from creto_proxy.model import Outcome
 
-SCHEMA_VERSION = 1
 _BUSY_TIMEOUT_MS = 10_000
-_SECOND_NS = 1_000_000_000
-_DAY_NS = 86_400 * _SECOND_NS
-
-By: TypeAlias = Literal["agent", "chain", "caused", "model", "provider", "day", "org", "team", "host", "run"]
-GROUPS: tuple[By, ...] = ("agent", "chain", "caused", "model", "provider", "day", "org", "team", "host", "run")
-
-metadata = sa.MetaData()
-
-schema_version = sa.Table("schema_version", metadata, sa.Column("version", sa.Integer, primary_key=True))
-
-cursor = sa.Table(
-    "cursor",
-    metadata,
-    sa.Column("segment", sa.String, primary_key=True),
-    sa.Column("position", sa.BigInteger, nullable=False),
-)
-
-# members: JSON array of SPIFFE ids from the human down to the agent.
-chain = sa.Table(
-    "chain",
-    metadata,
-    sa.Column("digest", sa.LargeBinary, primary_key=True),
-    sa.Column("members", sa.String, nullable=False),
-)
-
-chain_member = sa.Table(
-    "chain_member",
-    metadata,
-    sa.Column("member", sa.String, primary_key=True),
-    sa.Column("digest", sa.LargeBinary, primary_key=True),
-)
-
-request = sa.Table(
-    "request",
-    metadata,
-    sa.Column("id", sa.LargeBinary, primary_key=True),
-    sa.Column("at_unix_ns", sa.BigInteger, nullable=False),
-    sa.Column("day", sa.Integer, nullable=False),
-    sa.Column("run", sa.String, nullable=False),
-    sa.Column("agent", sa.String, nullable=False),
-    sa.Column("chain_digest", sa.LargeBinary, nullable=False),
-    sa.Column("path", sa.String, nullable=False),
-    sa.Column("org", sa.String, nullable=False),
-    sa.Column("team", sa.String, nullable=False),
-    sa.Column("host", sa.String, nullable=False),
-    sa.Column("decision", sa.String, nullable=False),
-    sa.Column("reason", sa.String, nullable=False),
-    sa.Column("status", sa.Integer, nullable=False),
-    sa.Column("certainty", sa.String, nullable=False),
-    sa.Column("provider", sa.String, nullable=False),
-    sa.Column("model", sa.String, nullable=False),
-    sa.Column("input", sa.BigInteger),
-    sa.Column("output", sa.BigInteger),
-    sa.Column("cache_read", sa.BigInteger),
-    sa.Column("cache_write", sa.BigInteger),
-    sa.Column("reasoning", sa.BigInteger),
-    sa.Column("total", sa.BigInteger),
-    sa.Column("other_units", sa.String, nullable=False),
-    sa.Column("cost_nano_usd", sa.BigInteger, nullable=False),
-    sa.Column("bytes_up", sa.BigInteger, nullable=False),
-    sa.Column("bytes_down", sa.BigInteger, nullable=False),
-    sa.Index("request_by_agent", "agent", "at_unix_ns"),
-    sa.Index("request_by_time", "at_unix_ns"),
-    sa.Index("request_by_chain", "chain_digest"),
-)
-
-_TOKENS = ("input", "output", "cache_read", "cache_write", "reasoning", "total")
+# Chains that are known to be in the ledger; an agent has one for as long as its delegation lasts.
+_CHAINS = 10_000
+# SQLite stores this as NULL. Unlike None, the driver takes it without looking for something that adapts its type; so
+# it does with a bytearray, but not with bytes.
+_NULL = float("nan")
 
 
 class LedgerError(Exception):
@@ -128,6 +69,19 @@ class Ledger:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._engine: sa.Engine | None = None
+        self._applying = threading.Lock()
+        self._writer: Any = None  # the driver's connection, while ``apply`` has it
+        self._chains: set[tuple[bytes, tuple[str, ...]]] = set()
+        self._shapes = Made([FIELD[name] for name in _SHAPE_OF], self._shape)
+        self._columns = (
+            self._shapes,
+            FIELD["at_unix_ns"],
+            Made([FIELD["id"]], bytearray, keep=False),
+            Counts(FIELD["usage.tokens"], TOKENS, _NULL, _other_units),
+            FIELD["usage.cost_nano_usd"],
+            FIELD["bytes_up"],
+            FIELD["bytes_down"],
+        )
 
     def open(self, *, create: bool = True) -> None:
         """Raises LedgerError when the file is of another version, cannot be opened, or is missing and not wanted."""
@@ -140,16 +94,13 @@ class Ledger:
         sa.event.listen(engine, "begin", _begin)
         try:
             with engine.begin() as connection:
-                metadata.create_all(connection)
-                found = connection.scalar(sa.select(schema_version.c.version))
-                if found is None:
-                    connection.execute(schema_version.insert().values(version=SCHEMA_VERSION))
+                found = tables.prepare(connection)
         except sa.exc.DBAPIError as error:
             engine.dispose()
             raise LedgerError(f"{self._path}: {error.orig}") from None
-        if found not in (None, SCHEMA_VERSION):
+        if found != tables.VERSION:
             engine.dispose()
-            raise LedgerError(f"{self._path}: schema version {found}, this creto knows {SCHEMA_VERSION}")
+            raise LedgerError(f"{self._path}: schema version {found}, this creto knows {tables.VERSION}")
         self._engine = engine
 
     def close(self) -> None:
@@ -164,30 +115,81 @@ class Ledger:
 
     def apply(self, segment: str, records: Sequence[Outcome], upto: int) -> None:
         """Stores the records and the position behind them, or neither. Records that are there already are skipped."""
-        with self._transaction() as connection:
-            self._store(connection, records)
-            self._advance(connection, segment, upto)
+        with self._applying:
+            try:
+                with self._transaction() as connection:
+                    self._writer = connection.connection.driver_connection
+                    fresh = self._store(connection, records)
+                    self._advance(connection, segment, upto)
+            except BaseException:
+                # What it says may have been rolled back.
+                self._shapes.clear()
+                raise
+            finally:
+                self._writer = None
+            self._remember(fresh)
 
-    def _store(self, connection: sa.Connection, records: Sequence[Outcome]) -> None:
+    def _store(self, connection: sa.Connection, records: Sequence[Outcome]) -> set[tuple[bytes, tuple[str, ...]]]:
+        """Returns the chains that were not known to be in the ledger."""
         if not records:
-            return
-        chains = {record.chain_digest: record.chain for record in records}
-        _insert_new(
-            connection, chain, [{"digest": d, "members": json.dumps(list(members))} for d, members in chains.items()]
-        )
-        members = [{"member": m, "digest": d} for d, ms in chains.items() for m in dict.fromkeys(ms)]
-        _insert_new(connection, chain_member, members)
-        _insert_new(connection, request, [_row(record) for record in records])
+            return set()
+        if isinstance(records, Batch):
+            chains = dict(zip(records.column("chain_digest"), records.column("chain"), strict=True))
+            rows = records.rows(self._columns, self._row)
+        else:
+            chains = {record.chain_digest: record.chain for record in records}
+            rows = [self._row(record) for record in records]
+        fresh = chains.items() - self._chains
+        if fresh:
+            digests = {digest: memoryview(digest) for digest, _ in fresh}
+            members = [(member, digests[d]) for d, members in fresh for member in dict.fromkeys(members)]
+            connection.exec_driver_sql(
+                tables.INSERT_CHAIN, [(digests[digest], json.dumps(list(members))) for digest, members in fresh]
+            )
+            if members:
+                connection.exec_driver_sql(tables.INSERT_MEMBER, members)
+        connection.exec_driver_sql(tables.INSERT_ENTRY, rows)
+        return fresh
+
+    def _remember(self, chains: set[tuple[bytes, tuple[str, ...]]]) -> None:
+        if len(self._chains) + len(chains) > _CHAINS:
+            self._chains.clear()
+        self._chains |= chains
+
+    def _row(self, record: Outcome) -> tuple[Any, ...]:
+        """The entry of a record, as ``_columns`` make it."""
+        usage = record.usage
+        return (
+            self._shape(
+                record.agent, record.chain_digest, record.path, record.host, record.decision, record.reason,
+                record.status, usage.certainty, usage.provider, usage.model, record.run,
+            ),
+            record.at_unix_ns,
+            memoryview(record.id),
+            *(usage.tokens.get(name) for name in TOKENS),
+            _other_units(usage.tokens),
+            usage.cost_nano_usd,
+            record.bytes_up,
+            record.bytes_down,
+        )  # fmt: skip
+
+    def _shape(
+        self, agent: str, digest: bytes, path: Sequence[str], host: str, decision: str, reason: str, status: int,
+        certainty: str, provider: str, model: str, run: str,
+    ) -> int:  # fmt: skip
+        """The number of a shape, which is made where there is none yet."""
+        levels = dict(element.partition(":")[::2] for element in path)
+        values = (
+            memoryview(digest), agent, host, decision, reason, status, certainty, provider, model, run,
+            json.dumps(list(path)), levels.get("org", ""), levels.get("team", ""),
+        )  # fmt: skip
+        found = self._writer.execute(tables.FIND_SHAPE, values).fetchone()
+        # Nobody else can make it meanwhile: the transaction began as a writing one.
+        number: int = self._writer.execute(tables.INSERT_SHAPE, values).lastrowid if found is None else found[0]
+        return number
 
     def _advance(self, connection: sa.Connection, segment: str, upto: int) -> None:
-        insert = sqlite.insert(cursor).values(segment=segment, position=upto)
-        connection.execute(
-            insert.on_conflict_do_update(
-                index_elements=["segment"],
-                set_={"position": insert.excluded.position},
-                where=cursor.c.position < insert.excluded.position,
-            )
-        )
+        connection.exec_driver_sql(tables.ADVANCE, (segment, upto))
 
     def totals(
         self, by: By, *, since_ns: int = 0, until_ns: int = 2**62, agent: str | None = None
@@ -208,7 +210,7 @@ class Ledger:
                 sa.func.count().label("requests"),
                 _sum_if(request.c.decision == "deny", 1).label("refused"),
                 _sum_if(request.c.certainty == "unknown", 1).label("unknown"),
-                *(sa.func.coalesce(sa.func.sum(request.c[name]), 0).label(name) for name in _TOKENS),
+                *(sa.func.coalesce(sa.func.sum(request.c[name]), 0).label(name) for name in TOKENS),
                 sa.func.coalesce(sa.func.sum(request.c.cost_nano_usd), 0).label("cost_nano_usd"),
                 _sum_if(uncertain, request.c.cost_nano_usd).label("uncertain_nano_usd"),
             )
@@ -258,37 +260,16 @@ def _begin(connection: sa.Connection) -> None:
     connection.exec_driver_sql("BEGIN" if connection.get_execution_options().get("creto_reads") else "BEGIN IMMEDIATE")
 
 
-def _insert_new(connection: sa.Connection, table: sa.Table, rows: list[dict[str, Any]]) -> None:
-    connection.execute(sqlite.insert(table).on_conflict_do_nothing(), rows)
+# What a shape is made of, in the order of ``Ledger._shape``.
+_SHAPE_OF = (
+    "agent", "chain_digest", "path", "host", "decision", "reason", "status", "usage.certainty", "usage.provider",
+    "usage.model", "run",
+)  # fmt: skip
 
 
-def _row(record: Outcome) -> dict[str, Any]:
-    usage = record.usage
-    levels = dict(element.partition(":")[::2] for element in record.path)
-    other = {kind: count for kind, count in usage.tokens.items() if kind not in _TOKENS}
-    return {
-        "id": record.id,
-        "at_unix_ns": record.at_unix_ns,
-        "day": record.at_unix_ns // _DAY_NS,
-        "run": record.run,
-        "agent": record.agent,
-        "chain_digest": record.chain_digest,
-        "path": json.dumps(list(record.path)),
-        "org": levels.get("org", ""),
-        "team": levels.get("team", ""),
-        "host": record.host,
-        "decision": record.decision,
-        "reason": record.reason,
-        "status": record.status,
-        "certainty": usage.certainty,
-        "provider": usage.provider,
-        "model": usage.model,
-        **{name: usage.tokens.get(name) for name in _TOKENS},
-        "other_units": json.dumps(other, sort_keys=True) if other else "",
-        "cost_nano_usd": usage.cost_nano_usd,
-        "bytes_up": record.bytes_up,
-        "bytes_down": record.bytes_down,
-    }
+def _other_units(tokens: dict[str, int]) -> str:
+    other = {kind: count for kind, count in tokens.items() if kind not in TOKENS}
+    return json.dumps(other, sort_keys=True) if other else ""
 
 
 def _grouping(by: By) -> tuple[sa.ColumnElement[Any], sa.FromClause]:

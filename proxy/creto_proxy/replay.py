@@ -15,15 +15,21 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from creto_hotpath.journal import JournalBusy, JournalCorrupt, read_frames, recover, segments
+from creto_hotpath.journal import JournalBusy, JournalCorrupt, payload_at, read_frames, recover, segments
+from creto_hotpath.records import Records
 from creto_proxy.audit import decode
+from creto_proxy.batch import LAYOUT, Batch
 from creto_proxy.hookspecs import Consumer
 from creto_proxy.model import Outcome
 
 log = logging.getLogger("creto.journal")
 
-BATCH = 2000
+# Ledger and audit log are synced per batch, and what is alike in a batch is made once.
+BATCH = 8000
+# As much of a segment as is read at a time. Records are small; one that is larger than this is read by itself.
+_WINDOW = 4 << 20
 # How often other processes' journals are looked at. Ledger and audit log are synced per batch, so a little patience is
 # worth hundreds of records in one.
 GATHER_S = 0.2
@@ -72,7 +78,7 @@ class Replay:
         self._damaged: set[Path] = set()
         self._finished: set[Path] = set()
         self._positions: dict[tuple[str, str], int] = {}
-        self._batch: tuple[Path, int, list[Outcome], int] | None = None  # what was read last
+        self._batch: tuple[Path, int, _Read] | None = None  # what was read last, and from where
         self._locks = {worker: _lock(self._lock_file(worker)) if lock is None else lock}
         self._ended: set[str] = set()
         self._guard = threading.Lock()  # for the two above, which the loop's thread changes
@@ -112,8 +118,11 @@ class Replay:
 
     def stop(self, timeout_s: float = 10.0, *, keep: bool = False) -> bool:
         """Applies what is left; False when consumers could not keep up or kept failing. Nothing is lost then either:
-        the next process adopts the segments. keep: the locks stay taken, for the next program image."""
+        the next process adopts the segments. keep: the locks stay taken, for the next program image, which goes on
+        where this one is; nobody waits for the rest."""
         self._stop.set()
+        if keep:
+            self._abandon.set()
         self.wake.set()
         self._thread.join(timeout_s)
         if self._thread.is_alive():
@@ -271,34 +280,66 @@ class Replay:
         key = consumer.name, path.name
         # Asked once: while its lock is held here, nobody else moves it.
         start = self._positions.pop(key, None)
-        records, upto = self._read(path, consumer.position(path.name) if start is None else start)
-        if records:
-            consumer.apply(path.name, records, upto)
-        self._positions[key] = upto
-        return len(records) == BATCH
+        read = self._read(path, consumer.position(path.name) if start is None else start)
+        if read.records:
+            consumer.apply(path.name, read.records, read.upto)
+        self._positions[key] = read.upto
+        return read.more
 
-    def _read(self, path: Path, start: int) -> tuple[list[Outcome], int]:
-        """Up to ``BATCH`` outcomes from ``start`` on, and the offset behind them."""
+    def _read(self, path: Path, start: int) -> _Read:
+        """Up to ``BATCH`` outcomes from ``start`` on."""
         if self._batch is not None and self._batch[:2] == (path, start):
-            return self._batch[2:]
-        records: list[Outcome] = []
-        upto = start
-        try:
-            for payload, end in read_frames(path, start):
-                records.append(decode(payload))
-                upto = end
-                if len(records) == BATCH:
-                    break
-        except ValueError as error:
+            return self._batch[2]
+        read = _read_whole(path, start)
+        if read.damage and path not in self._damaged:
             # Kept for people to look at. It must not keep everything after it out of ledger and audit log.
-            if path not in self._damaged:
-                self._damaged.add(path)
-                log.error("%s: what follows byte %d is not applied: %s", path, upto, error)
-        self._batch = path, start, records, upto
-        return records, upto
+            self._damaged.add(path)
+            log.error("%s: what follows byte %d is not applied: %s", path, read.upto, read.damage)
+        self._batch = path, start, read
+        return read
 
     def _lock_file(self, worker: str) -> Path:
         return self._directory / f"{worker}.lock"
+
+
+class _Read(NamedTuple):
+    """Outcomes, the offset behind them, what is wrong with what follows, and whether there may be more."""
+
+    records: Sequence[Outcome]
+    upto: int
+    damage: str
+    more: bool
+
+
+def _read_whole(path: Path, start: int) -> _Read:
+    """What begins at ``start``. Raises OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        size = os.fstat(fd).st_size
+        data = os.pread(fd, _WINDOW, start)
+        found = Records(LAYOUT, data, 0, BATCH, start, lambda offset: payload_at(fd, offset))
+    finally:
+        os.close(fd)
+    # Before a consumer sees any of it: the whole batch has to be sound.
+    batch = Batch(found, decode)
+    upto = start + found.end
+    if batch.damage:
+        return _Read(batch, upto, batch.damage, False)
+    # What is allocated and not written yet is zeros. Whatever was written meanwhile is for the next look.
+    seen = start <= size == start + len(data) and not data[found.end :].strip(b"\0")
+    if len(batch) or seen:
+        return _Read(batch, upto, "", not seen or len(batch) == BATCH)
+    return _read_next(path, start)
+
+
+def _read_next(path: Path, start: int) -> _Read:
+    """The one record at ``start`` that is larger than the window, or torn, or damaged; ``read_frames`` can tell."""
+    try:
+        for payload, end in read_frames(path, start):
+            return _Read([decode(payload)], end, "", True)
+    except ValueError as error:
+        return _Read((), start, str(error), False)
+    return _Read((), start, "", False)
 
 
 def _lock(path: Path) -> int:

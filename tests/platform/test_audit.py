@@ -790,7 +790,7 @@ def test_the_publisher_brings_records_into_the_tree_by_itself(tmp_path: Path) ->
 
     log = open_log(tmp_path, publish_every_s=0.01, disk=Watching())
     log.append(records(0, 3))
-    assert published.wait(30)
+    assert published.wait(60)
     log.close()
 
 
@@ -948,7 +948,7 @@ def test_unmodified_go_tools_verify_checkpoint_inclusion_and_consistency(
 
     def run(changed: dict[str, Any]) -> subprocess.CompletedProcess[str]:
         document = json.dumps(job | changed, default=lambda data: base64.b64encode(data).decode())
-        return subprocess.run([go_verify], input=document, capture_output=True, text=True, timeout=30, check=False)
+        return subprocess.run([go_verify], input=document, capture_output=True, text=True, timeout=60, check=False)
 
     accepted = run({})
     assert (accepted.stdout, accepted.returncode) == ("verified\n", 0), accepted.stderr

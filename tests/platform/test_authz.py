@@ -707,7 +707,7 @@ def test_many_threads_get_the_same_answers(tmp_path: Path) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(60)
     assert wrong == []
 
 

@@ -20,6 +20,7 @@ from creto_platform.audit.port import (
 )
 from creto_platform.audit.proof import check_proof, export_proof
 from creto_platform.audit.reader import LogReader
+from creto_platform.audit.record import encode
 from creto_platform.audit.verification import compare, load_vkeys, verify, verify_local
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "Verifier",
     "check_proof",
     "compare",
+    "encode",
     "export_proof",
     "load_vkeys",
     "open_checkpoint",

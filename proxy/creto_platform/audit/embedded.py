@@ -25,7 +25,6 @@ import re
 import sqlite3
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +32,17 @@ from creto_platform.audit import merkle, proof, record
 from creto_platform.audit.disk import Disk
 from creto_platform.audit.index import Index
 from creto_platform.audit.note import Signer, checkpoint_text, open_checkpoint, parse_checkpoint, sign
-from creto_platform.audit.port import AuditError, AuditUnavailable, Checkpoint, Entry, LogTampered, NoteInvalid
+from creto_platform.audit.port import (
+    ENTRY_LIMIT,
+    AuditError,
+    AuditUnavailable,
+    Checkpoint,
+    Entry,
+    LogTampered,
+    NoteInvalid,
+)
 from creto_platform.audit.reader import LogReader
+from creto_platform.audit.ticket import Ticket
 from creto_platform.audit.tiles import WIDTH, RightEdge, TileStore
 from creto_platform.audit.wal import Frame, Wal
 from creto_platform.crypto import ED25519, ML_DSA_65, Crypto, KeyStore
@@ -45,19 +53,6 @@ _ORIGIN = re.compile(r"[a-z0-9][a-z0-9._/-]{0,254}", re.ASCII)
 # Waits between attempts to publish after a failure.
 _RETRY_S = (0.2, 1.0, 5.0, 15.0)
 _DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
-
-
-@dataclass(slots=True)
-class _Ticket:
-    """One caller's records on their way to the disk. first: the answer, once done."""
-
-    source: str
-    upto: int
-    entries: list[bytes]
-    ids: list[bytes]
-    first: int = -1
-    error: AuditError | None = None
-    done: bool = False
 
 
 class EmbeddedAudit:
@@ -78,7 +73,7 @@ class EmbeddedAudit:
         *,
         organisation: str = "local",
         publish_every_s: float | None = 1.0,
-        publish_records: int = 2000,
+        publish_records: int = 10_000,
         pending_limit: int = 200_000,
         wal_bytes: int = 8 << 20,
         disk: Disk | None = None,
@@ -111,7 +106,7 @@ class EmbeddedAudit:
 
         self._mutex = threading.Lock()
         self._queue_lock = threading.Lock()
-        self._queue: list[_Ticket] = []
+        self._queue: list[Ticket] = []
         self._publisher: threading.Thread | None = None
         self._work, self._hurry, self._stop = threading.Event(), threading.Event(), threading.Event()
         self._failure = ""
@@ -128,13 +123,21 @@ class EmbeddedAudit:
 
     def append(self, records: Sequence[Mapping[str, Any]]) -> int:
         entries = [record.check_size(record.encode(item), item) for item in records]
-        return self._submit(_Ticket("", 0, entries, [item["id"] for item in records]))
+        return self._submit(Ticket("", 0, entries, [item["id"] for item in records]))
 
     def apply(self, source: str, upto: int, records: Sequence[Mapping[str, Any]]) -> int:
         if not source:
             raise ValueError("a source has a name")
         entries = [record.cut(record.encode(item), item) for item in records]
-        return self._submit(_Ticket(source, upto, entries, [item["id"] for item in records]))
+        return self._submit(Ticket(source, upto, entries, [item["id"] for item in records]))
+
+    def apply_encoded(self, source: str, upto: int, ids: Sequence[bytes], entries: Sequence[bytes]) -> int:
+        if not source:
+            raise ValueError("a source has a name")
+        if len(ids) != len(entries):
+            raise ValueError(f"{len(entries)} entries have {len(ids)} ids")
+        fitting = [entry if len(entry) <= ENTRY_LIMIT else record.cut(entry, record.decode(entry)) for entry in entries]
+        return self._submit(Ticket(source, upto, fitting, list(ids)))
 
     def position(self, source: str) -> int:
         with self._locked():
@@ -205,7 +208,7 @@ class EmbeddedAudit:
         finally:
             self._release()
 
-    def _submit(self, ticket: _Ticket) -> int:
+    def _submit(self, ticket: Ticket) -> int:
         with self._queue_lock:
             self._queue.append(ticket)
         with self._mutex:
@@ -239,23 +242,18 @@ class EmbeddedAudit:
             for ticket in batch:
                 ticket.error, ticket.done = error, True
 
-    def _commit(self, batch: Sequence[_Ticket]) -> None:
+    def _commit(self, batch: Sequence[Ticket]) -> None:
         known = self._known([record_id for ticket in batch for record_id in ticket.ids])
         following = self.size
         frames: list[Frame] = []
         for ticket in batch:
-            ticket.first = following
-            first, fresh = following, []
-            for place, (record_id, entry) in enumerate(zip(ticket.ids, ticket.entries, strict=True)):
-                at = known.get(record_id)
-                if at is None:
-                    at = known[record_id] = following
-                    fresh.append(entry)
-                    following += 1
-                if place == 0:
-                    ticket.first = at
+            first = following
+            fresh = ticket.fresh(known)
+            following += len(fresh)
+            known.update(zip(fresh, range(first, following), strict=True))
+            ticket.first = known[ticket.ids[0]] if ticket.ids else first
             if fresh or ticket.upto > self._positions.get(ticket.source, 0):
-                frames.append(Frame(first, ticket.source, ticket.upto, fresh))
+                frames.append(Frame(first, ticket.source, ticket.upto, list(fresh.values()), tuple(fresh)))
         if following - self._edge.size > self._pending_limit:
             raise AuditUnavailable(f"{self._pending_limit} records wait to be published: {self._failure or 'too fast'}")
         if frames:
@@ -277,9 +275,10 @@ class EmbeddedAudit:
                 self._moved[frame.source] = self._positions[frame.source]
             if frame.first > self.size:
                 raise LogTampered("corrupt", f"the write-ahead log jumps from {self.size} to {frame.first}")
-            for entry in frame.entries[self.size - frame.first :]:
-                self._ids[record.record_id(entry)] = self.size
-                self._pending.append(entry)
+            skip = self.size - frame.first
+            ids = frame.ids or tuple(map(record.record_id, frame.entries))
+            self._ids.update(zip(ids[skip:], range(self.size, self.size + len(ids)), strict=False))
+            self._pending += frame.entries[skip:]
 
     def _schedule(self, waiting: int) -> None:
         if self._publish_every_s is None or not waiting:
@@ -324,7 +323,7 @@ class EmbeddedAudit:
         self._disk.replace(self._signed, text.encode())
         self._disk.replace(self._log / "checkpoint", note)
         if self._index is not None:
-            self._index.commit(self._ids.items(), self._moved, edge.size)
+            self._index.commit(self._ids, self._moved, edge.size)
         self._head, self._edge = head, edge
         self._pending, self._ids, self._moved = [], {}, {}
         self._stamp = _stamp(self._signed)
@@ -406,7 +405,7 @@ class EmbeddedAudit:
             # Only after a crash, or when the index was lost.
             number, place = divmod(indexed, WIDTH)
             entries = self._store.entries(number, min(WIDTH, size - number * WIDTH))[place:]
-            ids = [(record.record_id(entry), indexed + at) for at, entry in enumerate(entries)]
+            ids = {record.record_id(entry): indexed + at for at, entry in enumerate(entries)}
             indexed += len(entries)
             index.commit(ids, {}, indexed)
         self._positions = index.positions()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 _SCHEMA = """
@@ -31,6 +31,8 @@ class Index:
             # FULL: the write-ahead log is dropped on the strength of what was committed here.
             self._db.execute("PRAGMA synchronous=FULL")
             self._db.executescript(_SCHEMA)
+            # Whoever else commits to it moves the head of the log, upon which it is opened again.
+            self._newest: bytes = self._db.execute("SELECT max(id) FROM ids").fetchone()[0] or b""
         except sqlite3.Error:
             self._db.close()
             raise
@@ -49,17 +51,21 @@ class Index:
     def find(self, ids: Sequence[bytes]) -> dict[bytes, int]:
         """Indices of those ids that are in."""
         found: dict[bytes, int] = {}
-        for at in range(0, len(ids), _BATCH):
-            part = ids[at : at + _BATCH]
+        # Ids begin with the time: what is newer than everything that is in need not be looked for.
+        old = [record_id for record_id in ids if record_id <= self._newest]
+        for at in range(0, len(old), _BATCH):
+            part = old[at : at + _BATCH]
             marks = ",".join("?" * len(part))
             found.update(self._db.execute(f"SELECT id, entry FROM ids WHERE id IN ({marks})", part).fetchall())
         return found
 
-    def commit(self, ids: Iterable[tuple[bytes, int]], positions: Mapping[str, int], size: int) -> None:
+    def commit(self, ids: Mapping[bytes, int], positions: Mapping[str, int], size: int) -> None:
         """Adds ids and positions and moves the head, in one durable transaction."""
         self._db.execute("BEGIN IMMEDIATE")
         try:
-            self._db.executemany("INSERT OR IGNORE INTO ids VALUES (?, ?)", ids)
+            # A bytearray is taken by the driver without looking for something that adapts its type.
+            rows = [(bytearray(record_id), entry) for record_id, entry in ids.items()]
+            self._db.executemany("INSERT OR IGNORE INTO ids VALUES (?, ?)", rows)
             self._db.executemany(
                 "INSERT INTO sources VALUES (?, ?) ON CONFLICT (source) DO UPDATE SET upto = max(upto, excluded.upto)",
                 positions.items(),
@@ -69,3 +75,4 @@ class Index:
         except BaseException:
             self._db.execute("ROLLBACK")
             raise
+        self._newest = max(self._newest, max(ids, default=b""))

@@ -10,7 +10,23 @@ import hmac
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
+from creto_hotpath.leaves import leaf_hashes, perfect_root
 from creto_platform.audit.port import ProofInvalid
+
+__all__ = [
+    "EMPTY_ROOT",
+    "Node",
+    "consistency_proof",
+    "inclusion_proof",
+    "leaf_hash",
+    "leaf_hashes",
+    "node_hash",
+    "perfect_root",
+    "root",
+    "subtree",
+    "verify_consistency",
+    "verify_inclusion",
+]
 
 # (level, index) -> hash of the perfect subtree of 2**level leaves that starts at leaf index * 2**level.
 Node: TypeAlias = Callable[[int, int], bytes]
@@ -26,14 +42,6 @@ def leaf_hash(entry: bytes) -> bytes:
 def node_hash(left: bytes, right: bytes) -> bytes:
     """SHA-256(0x01 || left || right): no node can be presented as a leaf."""
     return hashlib.sha256(b"\x01" + left + right).digest()
-
-
-def perfect_root(hashes: Sequence[bytes]) -> bytes:
-    """Root over 2**k hashes, k >= 0."""
-    level = list(hashes)
-    while len(level) > 1:
-        level = [node_hash(level[i], level[i + 1]) for i in range(0, len(level), 2)]
-    return level[0]
 
 
 def subtree(node: Node, low: int, high: int) -> bytes:

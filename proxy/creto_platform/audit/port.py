@@ -110,6 +110,10 @@ class Audit(Protocol):
         """
         ...
 
+    def apply_encoded(self, source: str, upto: int, ids: Sequence[bytes], entries: Sequence[bytes]) -> int:
+        """``apply`` of records that are encoded already, as ``creto_platform.audit.encode`` does, with their ids."""
+        ...
+
     def position(self, source: str) -> int:
         """How far ``source`` was applied; 0 when never seen."""
         ...

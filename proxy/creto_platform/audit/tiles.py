@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
-from creto_platform.audit.merkle import EMPTY_ROOT, leaf_hash, node_hash, perfect_root
+from creto_hotpath.leaves import bundle
+from creto_platform.audit.merkle import EMPTY_ROOT, leaf_hashes, node_hash, perfect_root
 from creto_platform.audit.port import LogTampered
 
 WIDTH = 256
@@ -41,7 +42,7 @@ def parse_tile_path(path: str) -> tuple[int, int]:
 
 def encode_bundle(entries: Sequence[bytes]) -> bytes:
     """Entries, each after its length (uint16, big-endian)."""
-    return b"".join(len(entry).to_bytes(2, "big") + entry for entry in entries)
+    return bundle(entries)
 
 
 def decode_bundle(data: bytes, width: int) -> list[bytes]:
@@ -145,7 +146,7 @@ class RightEdge:
             remaining, level = number, level + 1
         if size % WIDTH:
             edge.bundle = store.entries(size // WIDTH, size % WIDTH)
-            if [leaf_hash(entry) for entry in edge.bundle] != edge.hashes[0]:
+            if leaf_hashes(edge.bundle) != edge.hashes[0]:
                 raise LogTampered(
                     "corrupt", f"{tile_path('entries', size // WIDTH, size % WIDTH)} is not what was signed"
                 )
@@ -162,10 +163,13 @@ class RightEdge:
         """
         files: dict[str, bytes] = {}
         old_size = self.size
-        for entry in entries:
-            self.bundle.append(entry)
-            self._push(0, leaf_hash(entry), files)
-            self.size += 1
+        at = 0
+        while at < len(entries):
+            part = entries[at : at + WIDTH - len(self.bundle)]
+            at += len(part)
+            self.bundle += part
+            self.size += len(part)
+            self._push(0, leaf_hashes(part), files)
             if len(self.bundle) == WIDTH:
                 files[tile_path("entries", self.size // WIDTH - 1)] = encode_bundle(self.bundle)
                 self.bundle = []
@@ -193,16 +197,16 @@ class RightEdge:
             computed = node_hash(peaks.pop(), computed)
         return computed
 
-    def _push(self, level: int, digest: bytes, files: dict[str, bytes]) -> None:
+    def _push(self, level: int, digests: list[bytes], files: dict[str, bytes]) -> None:
+        """Adds no more than end a tile; ``size`` counts them already."""
         if level == len(self.hashes):
             self.hashes.append([])
         hashes = self.hashes[level]
-        hashes.append(digest)
+        hashes += digests
         if len(hashes) == WIDTH:
-            # self.size still counts the entry as not there, so the finished tile is the one it falls into.
-            files[tile_path(level, self.size >> (8 * (level + 1)))] = b"".join(hashes)
+            files[tile_path(level, (self.size >> (8 * (level + 1))) - 1)] = b"".join(hashes)
             self.hashes[level] = []
-            self._push(level + 1, perfect_root(hashes), files)
+            self._push(level + 1, [perfect_root(hashes)], files)
 
 
 def _peaks(hashes: Sequence[bytes]) -> list[bytes]:

@@ -13,29 +13,35 @@ import os
 import struct
 import zlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgpack
 
+from creto_hotpath.leaves import bins
 from creto_platform.audit.disk import Disk
 from creto_platform.audit.port import LogTampered
 
+_packer = msgpack.Packer(use_bin_type=True, autoreset=True)
+_pack, _pack_array_header = _packer.pack, _packer.pack_array_header
 _HEADER = struct.Struct("<II")
 FRAME_LIMIT = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """See the module."""
+    """See the module. ids: of the entries, for whoever knows them; they are in the entries, too."""
 
     first: int
     source: str
     upto: int
     entries: list[bytes]
+    ids: tuple[bytes, ...] = field(default=(), compare=False)
 
     def encode(self) -> bytes:
-        payload: bytes = msgpack.packb([self.first, self.source, self.upto, self.entries], use_bin_type=True)
+        place: bytes = _pack([self.first, self.source, self.upto, None])
+        entries: bytes = _pack_array_header(len(self.entries))
+        payload = place[:-1] + entries + bins(self.entries)
         return _HEADER.pack(len(payload), zlib.crc32(payload)) + payload
 
 

@@ -20,7 +20,8 @@ from click.testing import CliRunner
 
 from creto_metering.budgets import Budgets, Hold
 from creto_metering.commands import quota, usage
-from creto_metering.ledger import GROUPS, Ledger, LedgerError
+from creto_metering.groups import GROUPS
+from creto_metering.ledger import Ledger, LedgerError
 from creto_metering.settings import Settings
 from creto_proxy.model import Agent, Outcome, Usage
 from creto_proxy.testing import EPOCH_NS, make_agent, make_outcome, make_request
@@ -178,6 +179,69 @@ def test_database_of_another_version_is_refused(tmp_path: Path) -> None:
         connection.execute("UPDATE schema_version SET version = 99")
     with pytest.raises(LedgerError, match="schema version 99"):
         Ledger(path).open()
+
+
+FIRST = """
+    CREATE TABLE schema_version (version INTEGER NOT NULL, PRIMARY KEY (version));
+    INSERT INTO schema_version VALUES (1);
+    CREATE TABLE cursor (segment VARCHAR NOT NULL, position BIGINT NOT NULL, PRIMARY KEY (segment));
+    CREATE TABLE chain (digest BLOB NOT NULL, members VARCHAR NOT NULL, PRIMARY KEY (digest));
+    CREATE TABLE chain_member (member VARCHAR NOT NULL, digest BLOB NOT NULL, PRIMARY KEY (member, digest));
+    CREATE TABLE request (
+        id BLOB NOT NULL, at_unix_ns BIGINT NOT NULL, day INTEGER NOT NULL, run VARCHAR NOT NULL,
+        agent VARCHAR NOT NULL, chain_digest BLOB NOT NULL, path VARCHAR NOT NULL, org VARCHAR NOT NULL,
+        team VARCHAR NOT NULL, host VARCHAR NOT NULL, decision VARCHAR NOT NULL, reason VARCHAR NOT NULL,
+        status INTEGER NOT NULL, certainty VARCHAR NOT NULL, provider VARCHAR NOT NULL, model VARCHAR NOT NULL,
+        input BIGINT, output BIGINT, cache_read BIGINT, cache_write BIGINT, reasoning BIGINT, total BIGINT,
+        other_units VARCHAR NOT NULL, cost_nano_usd BIGINT NOT NULL, bytes_up BIGINT NOT NULL,
+        bytes_down BIGINT NOT NULL, PRIMARY KEY (id)
+    );
+    CREATE INDEX request_by_agent ON request (agent, at_unix_ns);
+    CREATE INDEX request_by_time ON request (at_unix_ns);
+    CREATE INDEX request_by_chain ON request (chain_digest);
+"""
+
+
+def dumped(path: Path) -> list[list[Any]]:
+    with closing(sqlite3.connect(path)) as connection:
+        names = ("request", "chain", "chain_member", "cursor")
+        return [connection.execute(f"SELECT * FROM {name} ORDER BY 1, 2").fetchall() for name in names]
+
+
+def test_a_ledger_of_the_first_version_is_taken_over_whole(ledger: Ledger, tmp_path: Path) -> None:
+    other = replace(make_agent("other"), chain_digest=b"\1" * 32, path=("platform", "org:acme", "agent:other"))
+    records = [
+        *(outcome(n, at_unix_ns=EPOCH_NS + n * DAY_NS) for n in range(3)),
+        outcome(3, other, Usage("unknown", "openai", "x", {}, 70), decision="deny", bytes_up=9),
+        outcome(4, other, at_unix_ns=EPOCH_NS - 1),
+        outcome(5, at_unix_ns=-1),
+    ]
+    ledger.apply("a.jnl", records, 60)
+    first = tmp_path / "first.db"
+    with closing(sqlite3.connect(first)) as connection, connection:
+        connection.executescript(FIRST)
+        for name, rows in zip(("request", "chain", "chain_member", "cursor"), dumped(tmp_path / "metering.db"), strict=True):
+            connection.executemany(f"INSERT INTO {name} VALUES ({','.join('?' * len(rows[0]))})", rows)
+    taken = Ledger(first)
+    taken.open()
+    assert dumped(first) == dumped(tmp_path / "metering.db")
+    for by in GROUPS:
+        assert taken.totals(by) == ledger.totals(by)
+    assert taken.totals("agent", agent=other.id) == ledger.totals("agent", agent=other.id)
+    assert (taken.position("a.jnl"), taken.paths()) == (60, ledger.paths())
+    for each in (taken, ledger):
+        each.apply("a.jnl", [*records, outcome(6, other)], 70)
+    assert dumped(first) == dumped(tmp_path / "metering.db")
+    taken.close()
+    again = Ledger(first)
+    again.open()
+    assert again.totals("day") == ledger.totals("day")
+    again.close()
+
+
+def test_a_request_before_1970_was_on_the_day_before(ledger: Ledger) -> None:
+    ledger.apply("a.jnl", [outcome(1, at_unix_ns=-1), outcome(2, at_unix_ns=0)], 1)
+    assert sums(ledger, "day", since_ns=-1) == [("1969-12-31", 1, 100), ("1970-01-01", 1, 100)]
 
 
 def test_file_that_is_no_database_is_refused_by_name(tmp_path: Path) -> None:
