@@ -5,9 +5,13 @@ from __future__ import annotations
 import asyncio
 import resource
 import socket
-from typing import cast
+import ssl
+from typing import TypeVar, cast
 
+from creto_hotpath.tls import Secured
 from creto_proxy.model import Permit
+
+P = TypeVar("P", bound=asyncio.BaseProtocol)
 
 # Journal, ledger, audit log and keys must always find a descriptor, however many connections agents open.
 _RESERVED_DESCRIPTORS = 128
@@ -44,6 +48,35 @@ def duplicate(transport: asyncio.Transport) -> socket.socket:
     copy.setblocking(False)
     transport.close()
     return copy
+
+
+async def accept_tls(
+    protocol: asyncio.BaseProtocol, sock: socket.socket, context: ssl.SSLContext, timeout_s: float
+) -> None:
+    """Connects ``protocol`` to what is said under TLS on that socket. Raises OSError, ssl.SSLError among them, when the
+    handshake fails or takes longer than ``timeout_s``; the socket is closed then."""
+    secured = Secured(protocol, context, timeout_s=timeout_s)
+    await asyncio.get_running_loop().connect_accepted_socket(lambda: secured, sock)
+    await _handshake(secured)
+
+
+async def dial_tls(
+    protocol: P, context: ssl.SSLContext, name: str, address: str, port: int
+) -> tuple[asyncio.Transport, P]:
+    """Connects ``protocol`` to what ``address`` says under TLS, as ``name``. Raises OSError, ssl.SSLError and
+    ssl.SSLCertVerificationError among them; how long it may take is the caller's to bound."""
+    secured = Secured(protocol, context, server_hostname=name)
+    await asyncio.get_running_loop().create_connection(lambda: secured, address, port)
+    await _handshake(secured)
+    return cast(asyncio.Transport, secured), protocol
+
+
+async def _handshake(secured: Secured) -> None:
+    try:
+        await secured.secured()
+    except BaseException:
+        secured.abort()
+        raise
 
 
 class Parked(asyncio.Protocol):

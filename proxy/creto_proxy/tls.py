@@ -380,6 +380,7 @@ class CertificateAuthority:
     def _new_context(self, leaf: x509.Certificate) -> ssl.SSLContext:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.options |= ssl.OP_NO_RENEGOTIATION
         context.set_alpn_protocols(self._protocols)
         with self._loadable(leaf) as (path, password):
             context.load_cert_chain(path, password=password)
@@ -461,6 +462,7 @@ def upstream_context(extra_ca: Path | None = None, *, http2: bool = False) -> ss
     """
     context = ssl.create_default_context()
     context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= ssl.OP_NO_RENEGOTIATION
     context.set_alpn_protocols([ALPN_HTTP2, ALPN] if http2 else [ALPN])
     roots = system_bundle()
     # Interpreters that bring their own OpenSSL may look for roots where this system has none.

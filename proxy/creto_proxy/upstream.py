@@ -21,7 +21,7 @@ from creto_proxy.h2.origins import ALPN, Origins
 from creto_proxy.model import Permit, Request
 from creto_proxy.protect.breaker import Health
 from creto_proxy.protect.retries import RetryBudget
-from creto_proxy.sockets import Dialled
+from creto_proxy.sockets import Dialled, dial_tls
 
 P = TypeVar("P", bound=asyncio.BaseProtocol)
 
@@ -182,13 +182,9 @@ class Upstreams:
         started = loop.time()
         try:
             async with asyncio.timeout_at(min(deadline, started + self._dialling.try_s)):
-                return await loop.create_connection(
-                    lambda: make(permit),
-                    str(permit.address),
-                    permit.port,
-                    ssl=self._context if permit.tls else None,
-                    server_hostname=permit.name if permit.tls else None,
-                )
+                if permit.tls:
+                    return await dial_tls(make(permit), self._context, permit.name, str(permit.address), permit.port)
+                return await loop.create_connection(lambda: make(permit), str(permit.address), permit.port)
         except TimeoutError as error:
             raise UpstreamTimeout(f"{permit.name} did not answer within {loop.time() - started:.3g} s.") from error
         except ssl.SSLCertVerificationError as error:

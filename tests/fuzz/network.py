@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ipaddress
 import ssl
+from collections.abc import Iterator
 from functools import cache
+from types import ModuleType
 
 from creto_proxy.dns.message import (
     AAAA,
@@ -19,8 +21,9 @@ from creto_proxy.dns.message import (
 )
 from creto_proxy.tls import NEED, BadHello, Hello, parse_client_hello
 
-from .invariants import answer, prefixes_agree
+from .invariants import answer, cuts, forms, prefixes_agree
 
+TLS = forms("tls")
 ADDRESSES = (ipaddress.ip_address("192.0.2.1"), ipaddress.ip_address("2001:db8::1"))
 
 
@@ -76,6 +79,43 @@ def check_hello(data: bytes) -> None:
     for name in names:
         shown = None if name is None else name.lower().removesuffix(".")
         assert shown == hello.sni, (shown, hello)
+
+
+def check_tls_records(data: bytes) -> None:
+    """Records end where the lengths in their headers say, in whatever pieces they come, or are none (RFC 8446, 5.1)."""
+    expected = list(_record_ends(data))
+    for form in TLS:
+        for pieces in cuts(data):
+            assert _followed(form, pieces) == expected, (form.__name__, pieces)
+
+
+def _record_ends(data: bytes) -> Iterator[tuple[int, int]]:
+    """(end, length) of each record that is whole; (-1, 0) behind them for what is none."""
+    at = 0
+    while at < len(data):
+        kind, major = data[at], data[at + 1] if len(data) > at + 1 else 3
+        length = int.from_bytes(data[at + 3 : at + 5], "big") if len(data) >= at + 5 else 0
+        if not 20 <= kind <= 24 or major != 3 or length > 16384 + 2048:
+            yield -1, 0
+            return
+        at += 5 + length
+        if at <= len(data):
+            yield at, length
+
+
+def _followed(form: ModuleType, pieces: list[bytes]) -> list[tuple[int, int]]:
+    ends: list[tuple[int, int]] = []
+    records, before = form.Records(), 0
+    for piece in pieces:
+        start = 0
+        while start < len(piece):
+            start = records.follow(piece, start)
+            if records.broken:
+                return [*ends, (-1, 0)]
+            if records.whole:
+                ends.append((before + start, records.length))
+        before += len(piece)
+    return ends
 
 
 def _openssl_names(data: bytes) -> list[str | None]:

@@ -153,9 +153,7 @@ def check_h2(data: bytes) -> None:
     stream = data if client else PREFACE + data
     every = _some(stream)
     for form in H2:
-        # nghttp2 counts a CONTINUATION each time it gets a part of its head, so it is not fed byte by byte.
-        several = every if form is _h2_py else [parts for parts in every if len(parts) < 3]
-        same([_session(form, client, parts) for parts in several], form.__name__)
+        same([_session(form, client, parts) for parts in every], form.__name__)
     said = []
     for parts in ([stream], [stream[i : i + 1] for i in range(len(stream))]):
         guard = FrameGuard(lambda: 0.0, preface=0 if client else len(PREFACE))

@@ -97,6 +97,7 @@ TARGETS = {
         Target("dns_query", network.check_dns_query, (*_NUMBERS, b"\x01a", b"\x04test\0", b"\xc0\x0c", b"\0\0\x29\x04\xd0\0\0\0\0\0\0")),
         Target("dns_answer", network.check_dns_answer, (*_NUMBERS, b"\xc0\x0c", b"\x01b\xc0\x0c", b"\0\x05\0\x01", b"\0\x01\0\x01\0\0\0\x3c\0\x04\1\2\3\4")),
         Target("hello", network.check_hello, (*_NUMBERS, b"\x16\x03\x01", b"\0\0\0\x0b\0\x09\0\0\x06a.test", b"\0\x10", b"\0\x2b", b"\xfe\x0d")),
+        Target("tls_records", network.check_tls_records, (*_NUMBERS, b"\x17\x03\x03", b"\x16\x03\x01", b"\x15\x03\x03\0\x02\1\0", b"\x48\0", b"\x48\1")),
         Target("journal", records.check_journal, _NUMBERS),
         Target("outcome", records.check_outcome, (*_PACKED, *_NUMBERS)),
         Target("wal", records.check_wal, (*_PACKED, *_NUMBERS)),
