@@ -5,12 +5,13 @@
 import os
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
-from cpython.dict cimport PyDict_GetItem
+from cpython.dict cimport PyDict_GetItem, PyDict_Size
 from cpython.object cimport PyObject
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memchr, memcmp, memcpy
 
 from creto_hotpath._admit_c cimport DecisionTable
+from creto_hotpath._ask_c cimport Tariff, ask_key, ask_t, read_ask
 from creto_hotpath._counters_c cimport Counters, counters_add, counters_observe
 from creto_hotpath._http1_c cimport (
     K_PROXY_AUTHORIZATION,
@@ -22,8 +23,10 @@ from creto_hotpath._http1_c cimport (
 )
 from creto_hotpath._journal_c cimport Journal
 from creto_hotpath._quota_c cimport QuotaPath, QuotaTable, load_amounts
-from creto_hotpath._relay_c cimport Exchange, Lane, Stack, Upstream
+from creto_hotpath._relay_c cimport Downstream, Exchange, Lane, Stack, Upstream
 
+from creto_hotpath._http1_py import Prepared
+from creto_hotpath import _journal_file as files
 from creto_hotpath._quota_types import QuotaBusy, QuotaFull, QuotaTableError
 
 cdef extern from "<strings.h>" nogil:
@@ -35,6 +38,8 @@ cdef extern from "<time.h>" nogil:
         long tv_nsec
     int CLOCK_REALTIME
     int clock_gettime(int clock, timespec *now)
+
+cdef Py_ssize_t HEADER = files.HEADER_BYTES
 
 ID = 0
 AT = 1
@@ -48,6 +53,7 @@ UPSTREAM_NS = 8
 TOTAL_NS = 9
 TRACE = 10
 FACTS = 11
+USAGE = 11
 
 KEY_LIMIT = 1024
 LIMIT = 4096
@@ -66,10 +72,18 @@ cdef enum:
     F_UPSTREAM_NS
     F_TOTAL_NS
     F_TRACE
+    F_USAGE
 
 cdef enum:
     KEY_ROOM = 1024
+    PARTS = 64
+    # What an abbreviated frame begins with, how much it may put in one place, and how far back it may refer
+    # (``_journal_file``).
+    ABBREVIATED = 0xC1
+    MOST = 255
+    REACH = 1 << 18
     STANDINGS = 4096
+    ASKS = 256
     MAX_METERS = 16
     MAX_NAMES = 32
     CLASSES_ = 6
@@ -128,6 +142,55 @@ cdef class Valve:
     cdef public bint closed
 
 
+# A piece of a record: a fact, or text that is the same in all of them.
+cdef struct part_t:
+    int fact            # -1: text
+    const char *text
+    Py_ssize_t size
+    Py_ssize_t was      # of the facts from here to the next text, how many bytes they took in the frame referred to
+
+
+cdef class Share:
+    """How many requests one agent has under way: ``count`` of ``limit``. See ``_express_py.Share``."""
+
+    cdef public int64_t count
+    cdef public int64_t limit
+
+    def __init__(self, int64_t limit):
+        self.limit = limit
+
+    cdef inline bint take(self) noexcept:
+        if self.count >= self.limit:
+            return False
+        self.count += 1
+        return True
+
+    def enter(self):
+        """Takes a place for one request; False when there is none."""
+        return self.take()
+
+    def leave(self):
+        """Gives the place back."""
+        self.count -= 1
+
+
+cdef class Metered:
+    """How a model request is metered. See ``_express_py.Metered``."""
+
+    cdef readonly Tariff tariff
+    cdef readonly object watch
+    cdef readonly object settle
+    cdef readonly object edits
+    cdef readonly object rewrite
+
+    def __init__(self, *, Tariff tariff not None, watch, settle, edits=None, rewrite=None):
+        self.tariff = tariff
+        self.watch = watch
+        self.settle = settle
+        self.edits = Prepared(edits) if edits else None
+        self.rewrite = rewrite
+
+
 cdef class Standing:
     """What all stages said about the requests of one shape. See ``_express_py.Standing``."""
 
@@ -143,19 +206,25 @@ cdef class Standing:
     cdef readonly QuotaPath path
     cdef readonly tuple amounts
     cdef readonly int64_t ttl_ns
+    cdef part_t[PARTS] parts
+    cdef int count
+    cdef int64_t full_at        # where the record was last written in full, -1: nowhere
+    cdef int64_t generation     # in that segment
     cdef bytes authority
     cdef bytes prefix
     cdef int64_t[MAX_METERS] charged
     cdef int meters
-    cdef readonly object share
+    cdef readonly Share share
     cdef readonly object context
+    cdef readonly Metered metered
     cdef int64_t[CLASSES_][CELLS_] cells
     cdef bint[CLASSES_] known
 
     def __init__(self, *, Stack stack not None, str host not None, DecisionTable table not None, int64_t epoch,
                  int64_t expires_ns, record, str base="", int64_t strip=0, QuotaTable quota=None, QuotaPath path=None,
-                 tuple amounts=(), int64_t ttl_ns=1, share=None, context=None):
-        if any(not isinstance(part, bytes) and not 0 <= part < FACTS for part in record):
+                 tuple amounts=(), int64_t ttl_ns=1, Share share=None, context=None, Metered metered=None):
+        cdef int facts = FACTS + (metered is not None)
+        if any(not isinstance(part, bytes) and not 0 <= part < facts for part in record):
             raise ValueError("a record is made of bytes and of numbers that name a fact")
         if (quota is None) != (path is None):
             raise ValueError("a quota path goes with its table")
@@ -167,6 +236,8 @@ cdef class Standing:
         self.epoch = epoch
         self.expires_ns = expires_ns
         self.record = tuple(record)
+        self.full_at = -1
+        self.cut()
         self.base = base
         self.authority = host.encode("latin-1")
         self.prefix = base.encode("latin-1")
@@ -178,6 +249,20 @@ cdef class Standing:
         self.ttl_ns = ttl_ns
         self.share = share
         self.context = context
+        self.metered = metered
+
+    cdef int cut(self) except -1:
+        if len(self.record) > PARTS:
+            raise ValueError(f"a record has at most {PARTS} parts")
+        for part in self.record:
+            if type(part) is bytes:
+                self.parts[self.count].fact = -1
+                self.parts[self.count].text = PyBytes_AS_STRING(part)
+                self.parts[self.count].size = PyBytes_GET_SIZE(part)
+            else:
+                self.parts[self.count].fact = part
+            self.count += 1
+        return 0
 
     cdef int64_t *cells_of(self, keeper, int status) except NULL:
         """Where answers of that status are counted."""
@@ -188,6 +273,39 @@ cdef class Standing:
                 self.cells[at][i] = cell
             self.known[at] = True
         return self.cells[at]
+
+
+cdef class Asks:
+    """The standings of requests of one shape, by what their bodies ask of a model."""
+
+    cdef dict standings
+
+    def __cinit__(self):
+        self.standings = {}
+
+    cdef Standing find(self, Exchange exchange):
+        """Which holds for a request whose body was collected, or has come with its head, all of it."""
+        cdef Downstream downstream = exchange.downstream
+        cdef Py_ssize_t size = body_size(exchange)
+        cdef const unsigned char *body
+        cdef ask_t ask
+        cdef PyObject *found
+        cdef bytes key
+        if exchange.body is not None:
+            body = <const unsigned char *>PyBytes_AS_STRING(exchange.body)
+        elif size <= 0 or downstream.pending is None or PyBytes_GET_SIZE(downstream.pending) - downstream.pos < size:
+            return None
+        else:
+            body = <const unsigned char *>PyBytes_AS_STRING(downstream.pending) + downstream.pos
+        if not read_ask(body, size, &ask):
+            return None
+        key = ask_key(&ask)
+        found = PyDict_GetItem(self.standings, key)
+        return None if found == NULL else <Standing>found
+
+
+cdef Py_ssize_t body_size(Exchange exchange):
+    return exchange.head.content_length if exchange.body is None else PyBytes_GET_SIZE(exchange.body)
 
 
 cdef struct name_t:
@@ -225,6 +343,7 @@ cdef class Express(Lane):
     cdef dict exact
     cdef list texts             # keeps the names below alive
     cdef list scopes
+    cdef bytes usage            # of the request whose record is being written
     cdef name_t[MAX_NAMES] names
     cdef int count
     cdef uint64_t sizes         # bit n: some name has n bytes
@@ -268,21 +387,38 @@ cdef class Express(Lane):
         return 0
 
     def __len__(self):
-        return len(self.general) + len(self.exact)
+        return len(self.general) + sum([len((<Asks>kept).standings) if type(kept) is Asks else 1
+                                        for kept in self.exact.values()])
 
     def clear(self):
         """Forgets every standing."""
         self.general.clear()
         self.exact.clear()
 
-    def learn(self, RequestHead head not None, Standing standing not None, *, bint exact):
-        """Keeps a standing for requests of the shape of ``head``; False when they cannot go this way."""
+    def learn(self, RequestHead head not None, Standing standing not None, *, bint exact, bytes body=None):
+        """Keeps a standing for requests of the shape of ``head``; False when they cannot go this way.
+
+        body: only for those whose bodies ask the same of a model, and for no other path.
+        """
         cdef char[KEY_ROOM] key
         cdef shape_t shape
         cdef Py_ssize_t size = self.look(head, key, &shape)
+        cdef ask_t ask
+        cdef Asks asks
         if size < 0:
             return False
-        if exact:
+        if body is not None:
+            if not read_ask(<const unsigned char *>PyBytes_AS_STRING(body), PyBytes_GET_SIZE(body), &ask):
+                return False
+            memcpy(key + size, shape.rest, shape.path_size)
+            name = PyBytes_FromStringAndSize(key, size + shape.path_size)
+            kept = self.exact.get(name)
+            asks = <Asks>kept if type(kept) is Asks else Asks()
+            if len(asks.standings) >= ASKS:
+                asks.standings.clear()
+            asks.standings[ask_key(&ask)] = standing
+            self.keep(self.exact, name, asks)
+        elif exact:
             memcpy(key + size, shape.rest, shape.path_size)
             self.keep(self.exact, PyBytes_FromStringAndSize(key, size + shape.path_size), standing)
         elif is_plain(shape.rest, shape.path_size):
@@ -291,10 +427,10 @@ cdef class Express(Lane):
             return False
         return True
 
-    cdef int keep(self, dict standings, bytes key, Standing standing) except -1:
+    cdef int keep(self, dict standings, bytes key, kept) except -1:
         if len(standings) >= STANDINGS and key not in standings:
             standings.clear()
-        standings[key] = standing
+        standings[key] = kept
         return 0
 
     cdef bint place(self, RequestHead head, shape_t *shape):
@@ -392,7 +528,8 @@ cdef class Express(Lane):
             size += 1
         return size
 
-    cdef Standing find(self, RequestHead head, shape_t *shape):
+    cdef Standing find(self, Exchange exchange, shape_t *shape):
+        cdef RequestHead head = exchange.head
         cdef char[KEY_ROOM] key
         cdef Py_ssize_t size
         cdef PyObject *found = NULL
@@ -409,34 +546,44 @@ cdef class Express(Lane):
             memcpy(key + size, shape.rest, shape.path_size)
             name = PyBytes_FromStringAndSize(key, size + shape.path_size)
             found = PyDict_GetItem(self.exact, name)
-        return None if found == NULL else <Standing>found
+        if found == NULL:
+            return None
+        return (<Asks>found).find(exchange) if type(<object>found) is Asks else <Standing>found
 
     cpdef bint take(self, Exchange exchange) except -1:
         cdef shape_t shape
         cdef Standing standing
         cdef Upstream upstream
-        if self.valve.closed or len(self.bad):
+        cdef int64_t[3] estimated
+        cdef int64_t *charged
+        cdef int meters
+        if self.valve.closed or PyDict_Size(self.bad) != 0:
             return False
-        standing = self.find(exchange.head, &shape)
+        standing = self.find(exchange, &shape)
         if standing is None or not self.journal.healthy:
             return False
         if standing.expires_ns <= exchange.received_ns or standing.table.epoch != standing.epoch:
             return False
         if not standing.stack.idle:
             return False
+        charged, meters = standing.charged, standing.meters
+        if standing.metered is not None:
+            charged, meters = estimated, 3
+            if not standing.metered.tariff.estimate(body_size(exchange), estimated):
+                return False
         # The first request of a connection is where the handler counts the connection.
-        if standing.share is not None and (exchange.downstream.requests == 1 or not standing.share.enter()):
+        if standing.share is not None and (exchange.downstream.requests == 1 or not standing.share.take()):
             return False
         if standing.quota is not None:
             try:
                 exchange.hold = standing.quota.hold_quietly(
-                    standing.path, standing.charged, standing.meters, unix_now(), standing.ttl_ns)
+                    standing.path, charged, meters, unix_now(), standing.ttl_ns)
             except (QuotaBusy, QuotaFull, QuotaTableError):
                 exchange.hold = 0  # the handler meets the same and knows how to say so
             if exchange.hold <= 0:
                 exchange.hold = 0
                 if standing.share is not None:
-                    standing.share.leave()
+                    standing.share.count -= 1
                 return False
         upstream = standing.stack.acquire()
         self.taken += 1
@@ -444,9 +591,32 @@ cdef class Express(Lane):
             counters_add(self.counters, self.reuses, 1)
         exchange.context = standing
         exchange.lane = self
-        exchange._forward(upstream, joined(standing.prefix, shape.rest, shape.rest_size), standing.authority, None, None,
-                          None)
+        target = joined(standing.prefix, shape.rest, shape.rest_size)
+        if standing.metered is None:
+            exchange._forward(upstream, target, standing.authority, None, None, None)
+        else:
+            self.forward_read(exchange, upstream, standing, target)
         return True
+
+    cdef int forward_read(self, Exchange exchange, Upstream upstream, Standing standing, target) except -1:
+        """Forwards a model request, whose body was collected or waits behind its head."""
+        cdef Downstream downstream = exchange.downstream
+        cdef Metered metered = standing.metered
+        cdef bytes data = downstream.pending
+        cdef bytes body = exchange.body
+        if body is None:
+            # Kept until the end: it may have to be sent once more.
+            exchange.body = body = downstream.framer.payload(data, downstream.pos)
+            downstream._consumed(data, downstream.framer.end)
+        exchange.on_response = metered.watch
+        if metered.rewrite is not None:
+            try:
+                body = metered.rewrite(body)
+            except BaseException:
+                upstream.release()
+                raise
+        exchange._forward(upstream, target, standing.authority, metered.edits, body, None)
+        return 0
 
     cpdef bint stale(self, Exchange exchange) except -1:
         cdef Standing standing = exchange.context
@@ -455,7 +625,7 @@ cdef class Express(Lane):
         exchange.context = None
         exchange.lane = None
         if standing.share is not None:
-            standing.share.leave()
+            standing.share.count -= 1
         # What closed one idle connection has closed them all, or soon will.
         standing.stack.close()
         if standing.quota is not None:
@@ -466,19 +636,39 @@ cdef class Express(Lane):
         cdef Standing standing = exchange.context
         cdef int64_t now
         if standing.share is not None:
-            standing.share.leave()
-        if self.keeper is not None and (exchange.status >= 500 or exchange.error or len(self.bad)):
+            standing.share.count -= 1
+        if self.keeper is not None and (exchange.status >= 500 or exchange.error or PyDict_Size(self.bad) != 0):
             self.keeper.ended(exchange, standing)
         now = unix_now()
         if self.counters is not None:
             self.count_answer(exchange, standing)
+        if standing.metered is not None:
+            self.done_read(exchange, standing, now)
+            return
         try:
             if standing.quota is not None:
                 if not standing.quota.settle_hold(exchange.hold, standing.charged, standing.meters, now):
                     standing.quota.charge(standing.path, standing.amounts, now)
         finally:
             # A table that fails leaves the reservation as it stands; the record is written all the same.
-            self.write(exchange, standing, now)
+            self.write(exchange, standing, now, None)
+
+    cdef int done_read(self, Exchange exchange, Standing standing, int64_t now) except -1:
+        """Charges what a model request has used, and writes that down."""
+        cdef int64_t[3] amounts
+        cdef int64_t[MAX_METERS] charged
+        cdef bytes usage
+        cdef tuple actual
+        standing.metered.tariff.estimate(body_size(exchange), amounts)
+        held = (amounts[0], amounts[1], amounts[2])
+        actual, usage = standing.metered.settle(exchange._tap, exchange.status, exchange.completed, held)
+        try:
+            if standing.quota is not None and actual is not None:
+                if not standing.quota.settle_hold(exchange.hold, charged, load_amounts(actual, 0, charged), now):
+                    standing.quota.charge(standing.path, actual, now)
+        finally:
+            self.write(exchange, standing, now, usage)
+        return 0
 
     cdef int count_answer(self, Exchange exchange, Standing standing) except -1:
         cdef int64_t *cells = standing.cells_of(self.keeper, exchange.status)
@@ -494,48 +684,122 @@ cdef class Express(Lane):
             counters_observe(counters, cells[6], exchange.ended_ns - decided)
         return 0
 
-    cdef int write(self, Exchange exchange, Standing standing, int64_t now) except -1:
+    cdef int write(self, Exchange exchange, Standing standing, int64_t now, bytes usage) except -1:
         """The outcome, behind which the last bytes of the answer may be sent."""
         cdef Journal journal = self.journal
-        cdef int64_t decided = exchange.forwarded_ns or exchange.ended_ns
         cdef Py_ssize_t before = journal.open_frame()
-        cdef uint8_t *o
+        cdef Py_ssize_t body = before + HEADER
+        cdef int64_t at = journal.written + before
+        self.usage = usage
         try:
-            for part in standing.record:
-                if type(part) is bytes:
-                    journal.raw(PyBytes_AS_STRING(part), PyBytes_GET_SIZE(part))
-                    continue
-                fact = <int>part
-                if fact == F_ID:
-                    o = journal.room(18)
-                    o[0] = 0xC4
-                    o[1] = 16
-                    write_uuid7(o + 2, now)
-                elif fact == F_AT:
-                    journal.integer(now)
-                elif fact == F_TARGET:
-                    self.write_path(exchange.head, standing)
-                elif fact == F_STATUS:
-                    journal.integer(exchange.status)
-                elif fact == F_ERROR:
-                    journal.pack(exchange.error, 1)
-                elif fact == F_BYTES_UP:
-                    journal.integer(exchange.bytes_up)
-                elif fact == F_BYTES_DOWN:
-                    journal.integer(exchange.bytes_down)
-                elif fact == F_CRETO_NS:
-                    journal.integer(max(<int64_t>0, decided - exchange.received_ns))
-                elif fact == F_UPSTREAM_NS:
-                    journal.integer(max(<int64_t>0, exchange.ended_ns - decided))
-                elif fact == F_TOTAL_NS:
-                    journal.integer(exchange.ended_ns - exchange.received_ns)
-                else:
-                    self.write_trace(exchange.head)
-            journal.close_frame(before)
+            if standing.full_at < 0 or standing.generation != journal.generation or at - standing.full_at > REACH or (
+                not self.abbreviate(exchange, standing, now)
+            ):
+                journal.end = journal.begin + body
+                self.spell_out(exchange, standing, now)
+                standing.full_at = -1
+                journal.close_frame(before)
+                standing.full_at = at
+                standing.generation = journal.generation
+            else:
+                journal.close_frame(before)
         except BaseException:
             journal.end = journal.begin + before
             raise
         journal.flush()
+        return 0
+
+    cdef int spell_out(self, Exchange exchange, Standing standing, int64_t now) except -1:
+        cdef Journal journal = self.journal
+        cdef Py_ssize_t before
+        cdef int i, first
+        i = 0
+        while i < standing.count:
+            if standing.parts[i].fact < 0:
+                journal.raw(standing.parts[i].text, standing.parts[i].size)
+                i += 1
+                continue
+            first = i
+            before = journal.end - journal.begin
+            while i < standing.count and standing.parts[i].fact >= 0:
+                self.fact(standing.parts[i].fact, exchange, standing, now)
+                i += 1
+            standing.parts[first].was = journal.end - journal.begin - before
+        return 0
+
+    cdef bint abbreviate(self, Exchange exchange, Standing standing, int64_t now) except -1:
+        """The same by what is other than where it was last written in full; False when that cannot be said so."""
+        cdef Journal journal = self.journal
+        cdef Py_ssize_t keep = 0, before, added
+        cdef uint32_t full_at = <uint32_t>standing.full_at
+        cdef uint8_t *o = journal.room(5)
+        cdef int i = 0, first
+        o[0] = ABBREVIATED
+        memcpy(o + 1, &full_at, 4)
+        while i < standing.count:
+            if standing.parts[i].fact < 0:
+                keep += standing.parts[i].size
+                i += 1
+                continue
+            keep = self.step_over(keep, MOST)
+            first = i
+            before = journal.end - journal.begin
+            journal.room(3)
+            while i < standing.count and standing.parts[i].fact >= 0:
+                self.fact(standing.parts[i].fact, exchange, standing, now)
+                i += 1
+            added = journal.end - journal.begin - before - 3
+            if added > MOST or standing.parts[first].was > MOST:
+                return False
+            o = journal.data + journal.begin + before
+            o[0] = <uint8_t>keep
+            o[1] = <uint8_t>standing.parts[first].was
+            o[2] = <uint8_t>added
+            keep = 0
+        self.step_over(keep, 0)
+        return True
+
+    cdef Py_ssize_t step_over(self, Py_ssize_t keep, Py_ssize_t most) except -1:
+        """Keeps bytes until no more than ``most`` are to be kept; how many that are."""
+        cdef uint8_t *o
+        while keep > most:
+            o = self.journal.room(3)
+            o[0] = <uint8_t>min(keep, <Py_ssize_t>MOST)
+            o[1] = o[2] = 0
+            keep -= o[0]
+        return keep
+
+    cdef int fact(self, int fact, Exchange exchange, Standing standing, int64_t now) except -1:
+        cdef Journal journal = self.journal
+        cdef int64_t decided = exchange.forwarded_ns or exchange.ended_ns
+        cdef uint8_t *o
+        if fact == F_ID:
+            o = journal.room(18)
+            o[0] = 0xC4
+            o[1] = 16
+            write_uuid7(o + 2, now)
+        elif fact == F_AT:
+            journal.integer(now)
+        elif fact == F_TARGET:
+            self.write_path(exchange.head, standing)
+        elif fact == F_STATUS:
+            journal.integer(exchange.status)
+        elif fact == F_ERROR:
+            journal.pack(exchange.error, 1)
+        elif fact == F_BYTES_UP:
+            journal.integer(exchange.bytes_up)
+        elif fact == F_BYTES_DOWN:
+            journal.integer(exchange.bytes_down)
+        elif fact == F_CRETO_NS:
+            journal.integer(max(<int64_t>0, decided - exchange.received_ns))
+        elif fact == F_UPSTREAM_NS:
+            journal.integer(max(<int64_t>0, exchange.ended_ns - decided))
+        elif fact == F_TOTAL_NS:
+            journal.integer(exchange.ended_ns - exchange.received_ns)
+        elif fact == F_USAGE:
+            journal.raw(PyBytes_AS_STRING(self.usage), PyBytes_GET_SIZE(self.usage))
+        else:
+            self.write_trace(exchange.head)
         return 0
 
     cdef int write_path(self, RequestHead head, Standing standing) except -1:

@@ -6,9 +6,10 @@ a shape take: look up, charge the quotas, forward on an idle connection, and wri
 
 The *shape* is what the answers may depend on: where the request is to, its method, the values of some named fields
 and, for a standing kept as exact, its path as spelled. Whatever else a request has, a body in particular, must be
-indifferent to every stage; a request with any other of the named fields, an upgrade, proxy credentials, an expectation
-or HTTP/1.0 is left to the handler. So is everything that is not a plain yes: an idle connection that is missing, a
-quota that refuses, a journal that cannot be written.
+indifferent to every stage, unless the standing is ``Metered``: then it is for bodies that ask for the same of a model
+(see ``ask``) and are here before the request is taken. A request with any other of the named fields, an upgrade, proxy
+credentials, an expectation or HTTP/1.0 is left to the handler. So is everything that is not a plain yes: an idle
+connection that is missing, a quota that refuses, a journal that cannot be written.
 """
 
 from __future__ import annotations
@@ -16,20 +17,23 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import msgpack
 
 from creto_hotpath._admit_py import DecisionTable
+from creto_hotpath._ask_py import Tariff, plain
+from creto_hotpath._ask_types import Ask
 from creto_hotpath._counters_py import Counters
+from creto_hotpath._http1_py import Prepared
 from creto_hotpath._journal_py import Journal
 from creto_hotpath._quota_py import QuotaPath, QuotaTable
 from creto_hotpath._quota_types import QuotaBusy, QuotaFull, QuotaTableError
-from creto_hotpath._relay_py import Exchange, Lane, Stack
+from creto_hotpath._relay_py import Exchange, Lane, Stack, Tap, Upstream
 
 if TYPE_CHECKING:
-    from creto_hotpath._http1_py import RequestHead
+    from creto_hotpath._http1_py import RequestHead, ResponseHead
 
 # What stands in a record for a fact that is only known at the end of the exchange.
 ID: Final = 0
@@ -44,9 +48,12 @@ UPSTREAM_NS: Final = 8
 TOTAL_NS: Final = 9
 TRACE: Final = 10
 FACTS: Final = 11
+# Only in a record with ``Metered``: the bytes that its ``settle`` gives.
+USAGE: Final = 11
 
 KEY_LIMIT: Final = 1024
 LIMIT: Final = 4096
+ASKS: Final = 256
 CLASSES: Final = 6
 CELLS: Final = 7
 
@@ -74,11 +81,25 @@ class Keeper(Protocol):
         ...
 
 
-class Share(Protocol):
-    """How many requests one agent has under way."""
+class Share:
+    """How many requests one agent has under way: ``count`` of ``limit``."""
 
-    def enter(self) -> bool: ...
-    def leave(self) -> None: ...
+    __slots__ = ("count", "limit")
+
+    def __init__(self, limit: int) -> None:
+        self.count = 0
+        self.limit = limit
+
+    def enter(self) -> bool:
+        """Takes a place for one request; False when there is none."""
+        if self.count >= self.limit:
+            return False
+        self.count += 1
+        return True
+
+    def leave(self) -> None:
+        """Gives the place back."""
+        self.count -= 1
 
 
 class Valve:
@@ -90,6 +111,33 @@ class Valve:
         self.closed = False
 
 
+class Metered:
+    """How a model request is metered.
+
+    tariff: what it may use, which is reserved before it is sent. watch: as ``Exchange.on_response``, gives the tap of
+    its answer. settle: told of the tap, the status, whether the answer was completed, and what was reserved; says what
+    is charged (None: what was reserved stands until its time is up) and what stands in the record, as msgpack. edits:
+    to its head. rewrite: gives the body to send instead of its own.
+    """
+
+    __slots__ = ("edits", "rewrite", "settle", "tariff", "watch")
+
+    def __init__(
+        self,
+        *,
+        tariff: Tariff,
+        watch: Callable[[Exchange, ResponseHead], Tap | None],
+        settle: Callable[[Tap | None, int, bool, tuple[int, int, int]], tuple[tuple[int, ...] | None, bytes]],
+        edits: Mapping[str, str | None] | None = None,
+        rewrite: Callable[[bytes], bytes] | None = None,
+    ) -> None:
+        self.tariff = tariff
+        self.watch = watch
+        self.settle = settle
+        self.edits = Prepared(edits) if edits else None
+        self.rewrite = rewrite
+
+
 class Standing:
     """What all stages said about the requests of one shape, and what is done with them.
 
@@ -98,11 +146,11 @@ class Standing:
     expires_ns: monotonic. record: the journal record as msgpack, cut where facts of the exchange go: bytes, and
     numbers that name the fact. quota, path, amounts, ttl_ns: what is reserved before the send and charged at the end;
     quota None: nothing. share: where the requests of the agent under way are counted, None when they are not.
-    context: the caller's own.
+    context: the caller's own. metered: then it holds for model requests, and ``amounts`` count for nothing.
     """
 
-    __slots__ = ("_cells", "amounts", "base", "context", "epoch", "expires_ns", "host", "path", "quota", "record",
-                 "share", "stack", "strip", "table", "ttl_ns")  # fmt: skip
+    __slots__ = ("_cells", "amounts", "base", "context", "epoch", "expires_ns", "host", "metered", "path", "quota",
+                 "record", "share", "stack", "strip", "table", "ttl_ns")  # fmt: skip
 
     def __init__(
         self,
@@ -121,8 +169,10 @@ class Standing:
         ttl_ns: int = 1,
         share: Share | None = None,
         context: Any = None,
+        metered: Metered | None = None,
     ) -> None:
-        if any(not isinstance(part, bytes) and not 0 <= part < FACTS for part in record):
+        facts = FACTS + (metered is not None)
+        if any(not isinstance(part, bytes) and not 0 <= part < facts for part in record):
             raise ValueError("a record is made of bytes and of numbers that name a fact")
         if (quota is None) != (path is None):
             raise ValueError("a quota path goes with its table")
@@ -140,6 +190,7 @@ class Standing:
         self.ttl_ns = ttl_ns
         self.share = share
         self.context = context
+        self.metered = metered
         self._cells: list[Sequence[int] | None] = [None] * CLASSES
 
     def cells_of(self, keeper: Keeper, status: int) -> Sequence[int]:
@@ -191,23 +242,37 @@ class Express(Lane):
         self.absolute = absolute
         self.taken = 0
         self._general: dict[tuple[str | None, ...], Standing] = {}
-        self._exact: dict[tuple[str | None, ...], Standing] = {}
+        self._exact: dict[tuple[str | None, ...], Standing | dict[Ask, Standing]] = {}
 
     def __len__(self) -> int:
-        return len(self._general) + len(self._exact)
+        asks = sum(len(kept) if isinstance(kept, dict) else 1 for kept in self._exact.values())
+        return len(self._general) + asks
 
     def clear(self) -> None:
         """Forgets every standing."""
         self._general.clear()
         self._exact.clear()
 
-    def learn(self, head: RequestHead, standing: Standing, *, exact: bool) -> bool:
-        """Keeps a standing for requests of the shape of ``head``; False when they cannot go this way."""
+    def learn(self, head: RequestHead, standing: Standing, *, exact: bool, body: bytes | None = None) -> bool:
+        """Keeps a standing for requests of the shape of ``head``; False when they cannot go this way.
+
+        body: only for those whose bodies ask the same of a model, and for no other path.
+        """
         shape = self._shape(head)
         if shape is None:
             return False
         key, rest, _ = shape
-        if exact:
+        if body is not None:
+            ask = plain(body)
+            if ask is None:
+                return False
+            kept = self._exact.get((*key, _path(rest)))
+            asks = kept if isinstance(kept, dict) else {}
+            if len(asks) >= ASKS:
+                asks.clear()
+            asks[ask] = standing
+            self._keep(self._exact, (*key, _path(rest)), asks)
+        elif exact:
             self._keep(self._exact, (*key, _path(rest)), standing)
         elif _plain(rest):
             self._keep(self._general, key, standing)
@@ -215,12 +280,10 @@ class Express(Lane):
             return False
         return True
 
-    def _keep(
-        self, standings: dict[tuple[str | None, ...], Standing], key: tuple[str | None, ...], standing: Standing
-    ) -> None:
+    def _keep(self, standings: dict[tuple[str | None, ...], Any], key: tuple[str | None, ...], kept: Any) -> None:
         if len(standings) >= LIMIT and key not in standings:
             standings.clear()
-        standings[key] = standing
+        standings[key] = kept
 
     def _shape(self, head: RequestHead) -> tuple[tuple[str | None, ...], str, str] | None:
         """What the request is looked up by, without its path; its target from the path on; its trace."""
@@ -269,22 +332,25 @@ class Express(Lane):
             scope, rest = prefix, target[len(prefix) :]
         return (scope, rest) if rest.startswith("/") else None
 
-    def _find(self, head: RequestHead) -> tuple[Standing, str, str] | None:
+    def _find(self, exchange: Exchange) -> tuple[Standing, str, str] | None:
+        head = exchange.head
         if not self._general and not self._exact:
             return None
         shape = self._shape(head)
         if shape is None:
             return None
         key, rest, trace = shape
-        standing = self._general.get(key) if _plain(rest) else None
+        standing: Standing | dict[Ask, Standing] | None = self._general.get(key) if _plain(rest) else None
         if standing is None:
             standing = self._exact.get((*key, _path(rest)))
+        if isinstance(standing, dict):
+            standing = _asked(standing, exchange)
         return None if standing is None else (standing, rest, trace)
 
     def take(self, exchange: Exchange) -> bool:
         if self.valve.closed or self.bad:
             return False
-        found = self._find(exchange.head)
+        found = self._find(exchange)
         if found is None or not self.journal.healthy:
             return False
         standing, rest, trace = found
@@ -292,13 +358,19 @@ class Express(Lane):
             return False
         if not standing.stack.idle:
             return False
+        amounts = standing.amounts
+        if standing.metered is not None:
+            estimated = standing.metered.tariff.amounts(_size(exchange))
+            if estimated is None:
+                return False
+            amounts = estimated
         # The first request of a connection is where the handler counts the connection.
         if standing.share is not None and (exchange.downstream.requests == 1 or not standing.share.enter()):
             return False
         hold = 0
         if standing.quota is not None and standing.path is not None:
             try:
-                hold = standing.quota.reserve(standing.path, standing.amounts, time.time_ns(), standing.ttl_ns, False)
+                hold = standing.quota.reserve(standing.path, amounts, time.time_ns(), standing.ttl_ns, False)
             except (QuotaBusy, QuotaFull, QuotaTableError):
                 hold = 0  # the handler meets the same and knows how to say so
             if hold <= 0:
@@ -313,8 +385,30 @@ class Express(Lane):
         exchange.context = (standing, _path(rest), trace)
         exchange.hold = hold
         exchange.lane = self
-        exchange.forward(upstream, target=standing.base + rest, host=standing.host)
+        if standing.metered is None:
+            exchange.forward(upstream, target=standing.base + rest, host=standing.host)
+        else:
+            self._forward_read(exchange, upstream, standing, standing.base + rest)
         return True
+
+    def _forward_read(self, exchange: Exchange, upstream: Upstream, standing: Standing, target: str) -> None:
+        """Forwards a model request, whose body was collected or waits behind its head."""
+        downstream, metered, body = exchange.downstream, standing.metered, exchange.body
+        assert metered is not None
+        if body is None:
+            data, framer = downstream.pending, downstream.framer
+            assert data is not None and framer is not None
+            # Kept until the end: it may have to be sent once more.
+            exchange.body = body = framer.payload(data, downstream.pos)
+            downstream._consumed(data, framer.end)
+        exchange.on_response = metered.watch
+        if metered.rewrite is not None:
+            try:
+                body = metered.rewrite(body)
+            except BaseException:
+                upstream.release()
+                raise
+        exchange.forward(upstream, target=target, host=standing.host, edits=metered.edits, body=body)
 
     def stale(self, exchange: Exchange) -> bool:
         standing, _, _ = exchange.context
@@ -337,14 +431,23 @@ class Express(Lane):
         if self.keeper is not None and (exchange.status >= 500 or exchange.error or self.bad):
             self.keeper.ended(exchange, standing)
         now_ns = time.time_ns()
+        actual: tuple[int, ...] | None = standing.amounts
+        usage = b""
+        if standing.metered is not None:
+            held = standing.metered.tariff.amounts(_size(exchange))
+            assert held is not None  # it was reserved
+            actual, usage = standing.metered.settle(exchange._tap, exchange.status, exchange.completed, held)
         try:
-            if standing.quota is not None and not standing.quota.commit(exchange.hold, standing.amounts, now_ns):
-                standing.quota.charge(standing.path, standing.amounts, now_ns)
+            if standing.quota is not None and actual is not None:
+                if not standing.quota.commit(exchange.hold, actual, now_ns):
+                    standing.quota.charge(standing.path, actual, now_ns)
         finally:
             # A table that fails leaves the reservation as it stands; the record is written all the same.
-            self._write(exchange, standing, path, trace, now_ns)
+            self._write(exchange, standing, path, trace, now_ns, usage)
 
-    def _write(self, exchange: Exchange, standing: Standing, path: str, trace: str, now_ns: int) -> None:
+    def _write(
+        self, exchange: Exchange, standing: Standing, path: str, trace: str, now_ns: int, usage: bytes
+    ) -> None:
         decided = exchange.forwarded_ns or exchange.ended_ns
         facts = (
             _uuid7(now_ns),
@@ -360,9 +463,8 @@ class Express(Lane):
             trace,
         )
         self._count(exchange, standing, facts)
-        self.journal.append(
-            b"".join(part if isinstance(part, bytes) else _pack(facts[part]) for part in standing.record)
-        )
+        packed = [*map(_pack, facts), usage]
+        self.journal.append(b"".join(part if isinstance(part, bytes) else packed[part] for part in standing.record))
         self.journal.flush()
 
     def _count(self, exchange: Exchange, standing: Standing, facts: Sequence[Any]) -> None:
@@ -377,6 +479,21 @@ class Express(Lane):
         self.counters.observe(own, facts[CRETO_NS])
         if facts[UPSTREAM_NS]:
             self.counters.observe(upstream, facts[UPSTREAM_NS])
+
+
+def _asked(asks: dict[Ask, Standing], exchange: Exchange) -> Standing | None:
+    """Which holds for a request whose body was collected, or has come with its head, all of it."""
+    downstream, body, size = exchange.downstream, exchange.body, _size(exchange)
+    if body is None:
+        if size <= 0 or downstream.pending is None or len(downstream.pending) - downstream.pos < size:
+            return None
+        body = downstream.pending[downstream.pos : downstream.pos + size]
+    ask = plain(body)
+    return None if ask is None else asks.get(ask)
+
+
+def _size(exchange: Exchange) -> int:
+    return exchange.head.content_length if exchange.body is None else len(exchange.body)
 
 
 def _path(rest: str) -> str:

@@ -26,6 +26,7 @@ from creto_hotpath._http1_py import (
     SILENT,
     UPGRADING,
     BadMessage,
+    Prepared,
     _changes,
     _is_ipv6,
     field_line,
@@ -96,6 +97,9 @@ cdef enum:
     E_CONNECT_BODY
     E_FORWARDS
     E_STATUS_LINE
+    E_BARE_CR
+    E_FORWARDS_TWICE
+    E_TRACE_BODY
 
 # What each code means: the status for a request (an upstream is always blamed with 502) and the reason.
 cdef list FAULTS = [
@@ -127,6 +131,9 @@ cdef list FAULTS = [
     (400, "connect_with_body"),
     (400, "bad_max_forwards"),
     (502, "bad_status_line"),
+    (400, "bare_carriage_return"),
+    (400, "duplicate_max_forwards"),
+    (400, "trace_with_body"),
 ]
 
 # Options of Connection that do not make a field of that name hop-by-hop.
@@ -193,6 +200,7 @@ cdef struct scan_t:
     bint has_length
     bint has_expect
     bint has_forwards
+    bint forwards_twice
     bint has_via
     bint chunked
     bint close
@@ -509,7 +517,8 @@ cdef int take_field(scan_t *r, field_t *f, const char *p, bint response) except 
         if r.has_agent:
             return E_IDENTITY
         r.has_agent = True
-    elif f.kind == K_MAX_FORWARDS and not r.has_forwards:
+    elif f.kind == K_MAX_FORWARDS:
+        r.forwards_twice = r.has_forwards
         r.has_forwards = True
         r.forwards_at = f.value
         r.forwards_size = f.value_size
@@ -553,6 +562,7 @@ cdef inline int read_field(scan_t *r, const char *p, const char *q, const char *
 
 
 cdef int judge_head(scan_t *r, const char *p, bint response) except -1:
+    cdef bint trace
     if r.chunked and r.has_length:
         return E_BOTH
     if r.chunked and r.minor == 0:
@@ -565,13 +575,25 @@ cdef int judge_head(scan_t *r, const char *p, bint response) except -1:
         return E_HOST_MISSING
     if r.shape == SHAPE_AUTHORITY and (r.chunked or (r.has_length and r.length > 0)):
         return E_CONNECT_BODY
+    trace = r.method_size == 5 and memcmp(p + r.method_at, b"TRACE", 5) == 0
+    if trace and (r.chunked or r.length > 0):
+        return E_TRACE_BODY
     if r.has_forwards:
-        if r.method_size == 7 and memcmp(p + r.method_at, b"OPTIONS", 7) == 0:
-            return 0 if read_digits(p + r.forwards_at, r.forwards_size, 9) >= 0 else E_FORWARDS
-        if r.method_size == 5 and memcmp(p + r.method_at, b"TRACE", 5) == 0:
-            return 0 if read_digits(p + r.forwards_at, r.forwards_size, 9) >= 0 else E_FORWARDS
-        r.has_forwards = False
+        if not trace and (r.method_size != 7 or memcmp(p + r.method_at, b"OPTIONS", 7) != 0):
+            r.has_forwards = False
+        elif r.forwards_twice:
+            return E_FORWARDS_TWICE
+        elif read_digits(p + r.forwards_at, r.forwards_size, 9) < 0:
+            return E_FORWARDS
     return 0
+
+
+cdef inline Py_ssize_t faulty(scan_t *r, int fault, const char *p, const char *q, const char *end) noexcept nogil:
+    """Why the line from ``q`` to ``end`` is refused: a CR in it was there before whatever else is wrong."""
+    if end > q and memchr(q, c"\r", end - q) != NULL:
+        r.fault_at = <uint32_t>(q - p)
+        fault = E_BARE_CR
+    return -fault
 
 
 cdef Py_ssize_t scan(const char *p, Py_ssize_t n, scan_t *r, bint response) except? -1000:
@@ -583,7 +605,7 @@ cdef Py_ssize_t scan(const char *p, Py_ssize_t n, scan_t *r, bint response) exce
     r.count = 0
     r.length = -1
     r.fault_at = 0
-    r.has_host = r.has_agent = r.has_length = r.has_expect = r.has_forwards = r.has_via = False
+    r.has_host = r.has_agent = r.has_length = r.has_expect = r.has_forwards = r.has_via = r.forwards_twice = False
     r.chunked = r.close = r.keep = r.upgrade = r.nominated = False
     if not response:
         if n and p[0] == c"\r":
@@ -597,30 +619,29 @@ cdef Py_ssize_t scan(const char *p, Py_ssize_t n, scan_t *r, bint response) exce
             return -E_METHOD
     newline = <const char *>memchr(q, c"\n", p + most - q) if p + most > q else NULL
     if newline == NULL:
-        if n < HEAD_LIMIT:
-            return 0
-        return -E_HEAD_LONG if response else -E_TARGET_LONG
+        # The last byte may be the first of a line end.
+        return faulty(r, 0 if n < HEAD_LIMIT else E_HEAD_LONG if response else E_TARGET_LONG, p, q, p + most - 1)
     if newline == q or (newline - 1)[0] != c"\r":
         r.fault_at = <uint32_t>(q - p)
-        return -E_BARE_LF
+        return faulty(r, E_BARE_LF, p, q, newline - 1)
     fault = read_status_line(r, p, newline - 1) if response else read_request_line(r, p, q, newline - 1)
     if fault:
-        return -fault
+        return faulty(r, fault, p, q, newline - 1)
     while True:
         q = newline + 1
         r.fault_at = <uint32_t>(q - p)
         newline = <const char *>memchr(q, c"\n", p + most - q) if p + most > q else NULL
         if newline == NULL:
-            return 0 if n < HEAD_LIMIT else -E_HEAD_LONG
+            return faulty(r, 0 if n < HEAD_LIMIT else E_HEAD_LONG, p, q, p + most - 1)
         if newline == q or (newline - 1)[0] != c"\r":
-            return -E_BARE_LF
+            return faulty(r, E_BARE_LF, p, q, newline - 1)
         if newline - 1 == q:
             break
         if r.count >= FIELD_LIMIT:
-            return -E_FIELDS
+            return faulty(r, E_FIELDS, p, q, newline - 1)
         fault = read_field(r, p, q, newline - 1, response)
         if fault:
-            return -fault
+            return faulty(r, fault, p, q, newline - 1)
     r.fault_at = <uint32_t>(newline + 1 - p)
     fault = judge_head(r, p, response)
     return -fault if fault else newline + 1 - p
@@ -1238,7 +1259,7 @@ cpdef bytes request_bytes(
     cdef list names = None
     cdef bytes line = None, authority = None, extra = b""
     if edits:
-        changes = _changes(edits)
+        changes = edits.changes if type(edits) is Prepared else _changes(edits)
         names = list(changes)
         extra = b"".join([value for value in changes.values() if value is not None])
     if host is not None:

@@ -320,6 +320,7 @@ def read_request(data: bytes, start: int) -> RequestHead | None:
         raise BadMessage(400, "bad_method", 0)
     newline = data.find(b"\n", begin, start + HEAD_LIMIT)
     if newline < 0:
+        _unfinished(data, begin, start, 400)
         if len(data) - start >= HEAD_LIMIT:
             raise BadMessage(414, "target_too_long", 0)
         return None
@@ -338,6 +339,7 @@ def read_response(data: bytes, start: int, head_only: bool) -> ResponseHead | No
     head = ResponseHead()
     newline = data.find(b"\n", start, start + HEAD_LIMIT)
     if newline < 0:
+        _unfinished(data, start, start, 502)
         if len(data) - start >= HEAD_LIMIT:
             raise BadMessage(502, "head_too_long", 0)
         return None
@@ -351,7 +353,15 @@ def read_response(data: bytes, start: int, head_only: bool) -> ResponseHead | No
     return head
 
 
+def _unfinished(data: bytes, begin: int, start: int, status: int) -> None:
+    """Refuses a line that no end can put right. Its last byte may be the first of its end."""
+    if data.find(b"\r", begin, min(len(data), start + HEAD_LIMIT) - 1) >= 0:
+        raise BadMessage(status, "bare_carriage_return", begin - start)
+
+
 def _line_end(data: bytes, begin: int, newline: int, start: int, status: int) -> int:
+    if data.find(b"\r", begin, max(begin, newline - 1)) >= 0:
+        raise BadMessage(status, "bare_carriage_return", begin - start)
     if newline == begin or data[newline - 1] != 13:
         raise BadMessage(status, "bare_line_feed", begin - start)
     return newline - 1
@@ -451,6 +461,7 @@ def _read_fields(head: Fields, data: bytes, begin: int, start: int, status: int)
     while True:
         newline = data.find(b"\n", begin, start + HEAD_LIMIT)
         if newline < 0:
+            _unfinished(data, begin, start, status)
             if len(data) - start >= HEAD_LIMIT:
                 raise BadMessage(431 if status == 400 else 502, "head_too_long", begin - start)
             return -1
@@ -569,8 +580,12 @@ def _judge_request(head: RequestHead, offset: int) -> None:
     # An HTTP/1.0 client cannot understand a 100, so its expectation does not count (RFC 9110 10.1.1).
     head.expect_continue = head.minor == 1 and head.body != NONE and _value_of(head, K_EXPECT) is not None
     head.max_forwards = -1
+    if head._method == b"TRACE" and head.body != NONE:
+        raise BadMessage(400, "trace_with_body", offset)
     forwards = _value_of(head, K_MAX_FORWARDS)
     if forwards is not None and head._method in (b"OPTIONS", b"TRACE"):
+        if sum(kind == K_MAX_FORWARDS for _, _, kind in head._fields) > 1:
+            raise BadMessage(400, "duplicate_max_forwards", offset)
         if not 0 < len(forwards) <= 9 or not forwards.isdigit():
             raise BadMessage(400, "bad_max_forwards", offset)
         head.max_forwards = int(forwards)
@@ -850,7 +865,7 @@ def request_bytes(
     head: RequestHead,
     target: str | None,
     host: str | None,
-    edits: Mapping[str, str | None] | None,
+    edits: Mapping[str, str | None] | Prepared | None,
     framing: int,
     expect: bool,
     upgrade: bool,
@@ -920,8 +935,19 @@ def _framing_field(framing: int) -> bytes:
     return b"Transfer-Encoding: chunked\r\n" if framing == CHUNKED_FRAMING else b""
 
 
-def _changes(edits: Mapping[str, str | None] | None) -> dict[bytes, bytes | None]:
+class Prepared:
+    """Edits that many requests get, checked and written out once. Raises ValueError as ``request_bytes`` does."""
+
+    __slots__ = ("changes",)
+
+    def __init__(self, edits: Mapping[str, str | None]) -> None:
+        self.changes = _changes(edits)
+
+
+def _changes(edits: Mapping[str, str | None] | Prepared | None) -> dict[bytes, bytes | None]:
     """Lower-case names of edited fields -> the line to write, None to leave the field out."""
+    if isinstance(edits, Prepared):
+        return edits.changes
     changes: dict[bytes, bytes | None] = {}
     for name, value in (edits or {}).items():
         if name.lower() in UNEDITABLE:

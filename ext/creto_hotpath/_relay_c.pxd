@@ -12,10 +12,28 @@ cdef int _SILENT, _CLOSING, _KEEPING, _UPGRADING
 cdef int _COALESCE, _INTERIM_LIMIT, _LINGER_BYTES, _SLOTS
 
 
+cdef class Pace:
+    cdef readonly object limits
+    cdef bytes via
+    cdef int64_t hold_bytes
+    cdef int64_t drain_bytes
+    cdef int64_t head_ticks
+    cdef int64_t idle_ticks
+    cdef int64_t body_ticks
+    cdef int64_t stall_ticks
+    cdef int64_t response_ticks
+    cdef int64_t linger_ticks
+    cdef object __weakref__
+
+
+cdef Pace _pace_of(limits)
+
+
 cdef class Timed:
     cdef readonly Wheel wheel
-    cdef readonly int64_t deadline
-    cdef readonly int64_t slot
+    # Of half a second each: there are enough for a thousand years of uptime in 36 bits, and for 34 in these.
+    cdef readonly int deadline
+    cdef readonly int slot
 
     cpdef expire(self)
     cdef _arm(self, int64_t ticks)
@@ -129,7 +147,7 @@ cdef class Exchange:
     cdef _retry(self, bint unprocessed)
     cdef _relay_interim(self, http1.ResponseHead head)
     cdef _response(self, Upstream upstream, http1.ResponseHead head, bytes data)
-    cdef _shape_body(self, http1.ResponseHead head)
+    cdef _shape_body(self, http1.ResponseHead head, Py_ssize_t received)
     cdef bytes _pass_on(self, http1.ResponseHead head, bytes data)
     cdef _body(self, Upstream upstream, bytes data)
     cdef bytes _through(self, bytes payload)
@@ -148,37 +166,28 @@ cdef class Downstream(Timed):
     cdef readonly object handler
     cdef readonly Lane lane
     cdef readonly str scheme
-    cdef readonly object limits
-    cdef bytes via
-    cdef int64_t hold_bytes
-    cdef int64_t drain_bytes
-    cdef int64_t head_ticks
-    cdef int64_t idle_ticks
-    cdef int64_t body_ticks
-    cdef int64_t stall_ticks
-    cdef int64_t response_ticks
-    cdef object loop
+    cdef readonly Pace pace
     cdef readonly object transport
-    cdef object _send
     cdef readonly Exchange exchange
     cdef http1.BodyFramer framer
     cdef bytes pending
     cdef Py_ssize_t pos
-    cdef int intake
     cdef int64_t drained
     cdef readonly int64_t requests
-    cdef bint keep
+    cdef unsigned char intake
+    cdef unsigned char keep
+    cdef unsigned char reading
+    cdef unsigned char full
+    cdef unsigned char stalled
+    cdef unsigned char blocked
+    cdef unsigned char parsing
+    cdef unsigned char heading
+    cdef unsigned char shut
+    cdef unsigned char surrendered
     cdef readonly bint draining
-    cdef bint reading
-    cdef bint full
-    cdef bint stalled
-    cdef bint blocked
-    cdef bint parsing
-    cdef bint heading
-    cdef bint shut
-    cdef bint surrendered
     cdef readonly bint closed
 
+    cdef _report(self, str what, error)
     cpdef expire(self)
     cdef _more_head(self, bytes data)
     cdef _pile(self, bytes data)

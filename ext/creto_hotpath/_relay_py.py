@@ -46,6 +46,7 @@ _INTERIM_LIMIT = 64
 _LINGER_BYTES = 1 << 20
 
 _TICK_S = 0.5
+_FOREVER = 1 << 28  # four years, in ticks
 _SLOTS = 512
 _IDEMPOTENT = frozenset({"GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE"})
 _INTERIM = {100: b"HTTP/1.1 100 Continue\r\n\r\n", 102: b"HTTP/1.1 102 Processing\r\n\r\n"}
@@ -103,7 +104,33 @@ class Handler(Protocol):
 
 def _ticks(seconds: float) -> int:
     """Whole ticks that last at least ``seconds``."""
-    return math.ceil(seconds / _TICK_S) + 1
+    return min(math.ceil(seconds / _TICK_S) + 1, _FOREVER)
+
+
+class Pace:
+    """``Limits`` in the terms of the wheel and of the wire, made once for all connections that have them."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.via = limits.via.lower().encode("ascii")
+        self.hold_bytes = limits.hold_bytes
+        self.drain_bytes = limits.drain_bytes
+        self.head_ticks = _ticks(limits.head_s)
+        self.idle_ticks = _ticks(limits.idle_s)
+        self.body_ticks = _ticks(limits.body_s)
+        self.stall_ticks = _ticks(limits.stall_s)
+        self.response_ticks = _ticks(limits.response_s)
+        self.linger_ticks = _ticks(limits.linger_s)
+
+
+_paces: weakref.WeakValueDictionary[Limits, Pace] = weakref.WeakValueDictionary()
+
+
+def _pace_of(limits: Limits) -> Pace:
+    pace = _paces.get(limits)
+    if pace is None:
+        pace = _paces[limits] = Pace(limits)
+    return pace
 
 
 class Timed:
@@ -335,9 +362,9 @@ class Upstream(Timed):
             exchange._body(self, data)
             return
         if self.pending is not None:
-            newline = b"\n" in data
+            judged = _ends_line(self.pending, data)
             data = self.pending + data
-            if not newline and len(data) < 65536:
+            if not judged and len(data) < 65536:
                 self.pending = data
                 return
             self.pending = None
@@ -548,7 +575,7 @@ class Exchange:
         downstream.intake = _COLLECTING
         if self.head.expect_continue and not self._continued and downstream.pending is None:
             self.interim(100)
-        downstream._arm(downstream.body_ticks)
+        downstream._arm(downstream.pace.body_ticks)
         downstream._resume_body()
 
     def _collected(self, piece: bytes) -> None:
@@ -618,7 +645,7 @@ class Exchange:
         *,
         target: str | None = None,
         host: str | None = None,
-        edits: Mapping[str, str | None] | None = None,
+        edits: Mapping[str, str | None] | http1.Prepared | None = None,
         body: bytes | None = None,
         tap: Tap | None = None,
     ) -> None:
@@ -635,7 +662,7 @@ class Exchange:
         upstream: Upstream,
         target: str | None,
         host: str | None,
-        edits: Mapping[str, str | None] | None,
+        edits: Mapping[str, str | None] | http1.Prepared | None,
         body: bytes | None,
         tap: Tap | None,
     ) -> None:
@@ -674,7 +701,7 @@ class Exchange:
             coalesced = stop - start <= _COALESCE
             end = stop if coalesced else start
             out = http1.request_bytes(
-                head, target, host, edits, framing, expect, self._switching, downstream.via, data, start, end
+                head, target, host, edits, framing, expect, self._switching, downstream.pace.via, data, start, end
             )
         except http1.BadMessage as error:
             upstream.release()
@@ -729,7 +756,7 @@ class Exchange:
             self._fail(502, "too_many_interim_responses")
         elif self.head.minor == 1:
             self._continued = self._continued or head.status == 100
-            data = http1.response_bytes(head, _NO_FRAMING, _SILENT, self.downstream.via, b"", 0, 0)
+            data = http1.response_bytes(head, _NO_FRAMING, _SILENT, self.downstream.pace.via, b"", 0, 0)
             self.bytes_down += len(data)
             self.downstream._write(data)
 
@@ -750,27 +777,30 @@ class Exchange:
             self._switch(upstream, head, data)
             return
         try:
-            self._shape_body(head)
+            self._shape_body(head, len(data))
             last = self._pass_on(head, data)
         except http1.BadMessage as error:
             self._fail(502, error.reason)
             return
         except Exception as error:
-            _report(downstream.loop, "a tap failed", error)
+            downstream._report("a tap failed", error)
             self._fail(502, "tap_failed")
             return
         if last is None:
             return
         self._finish(upstream, upstream.keep and self._at == len(data), last)
 
-    def _shape_body(self, head: http1.ResponseHead) -> None:
-        """Chooses how the body goes on and what the head says about it."""
+    def _shape_body(self, head: http1.ResponseHead, received: int) -> None:
+        """Chooses how the body goes on and what the head says about it; ``_at`` is where it ends, if it is at hand."""
         downstream = self.downstream
         body = head.body
         rewrites = self._tap is not None and self._tap.rewrites
         self._shape = _PASS
         self._framing = head.content_length
-        if body == _NO_BODY:
+        self._at = head.end
+        if body == _BY_LENGTH and self._tap is None and head.content_length <= received - head.end:
+            self._at += head.content_length
+        elif body == _NO_BODY:
             if self._tap is not None:
                 self._tap.finish()
                 self._tap = None
@@ -796,10 +826,11 @@ class Exchange:
         downstream = self.downstream
         framer = self._framer
         source = data
-        start = stop = head.end
+        start = head.end
+        stop = self._at
         done = True
         if framer is None:
-            self._at = head.end
+            pass
         elif self._shape == _PASS and self._tap is None:
             stop = self._at = framer.feed(data, start)
             if framer.cleaned is not None:
@@ -820,7 +851,7 @@ class Exchange:
             head,
             self._framing,
             downstream._connection(),
-            downstream.via,
+            downstream.pace.via,
             source,
             start,
             stop if coalesced else start,
@@ -858,7 +889,7 @@ class Exchange:
             self._fail(502, error.reason)
             return
         except Exception as error:
-            _report(self.downstream.loop, "a tap failed", error)
+            self.downstream._report("a tap failed", error)
             self._fail(502, "tap_failed")
             return
         self.bytes_down += len(out)
@@ -897,7 +928,7 @@ class Exchange:
         try:
             out = self._tail()
         except Exception as error:
-            _report(self.downstream.loop, "a tap failed", error)
+            self.downstream._report("a tap failed", error)
             self._fail(502, "tap_failed")
             return
         self.bytes_down += len(out)
@@ -975,7 +1006,7 @@ class Exchange:
             else:
                 downstream.handler.on_end(self)
         except Exception as error:
-            _report(downstream.loop, "on_end failed", error)
+            downstream._report("on_end failed", error)
 
     def _switch(self, upstream: Upstream, head: http1.ResponseHead, data: bytes) -> None:
         """101 Switching Protocols."""
@@ -991,7 +1022,7 @@ class Exchange:
         ):
             self._fail(502, "unasked_upgrade")
             return
-        out = http1.response_bytes(head, _NO_FRAMING, _UPGRADING, downstream.via, data, head.end, len(data))
+        out = http1.response_bytes(head, _NO_FRAMING, _UPGRADING, downstream.pace.via, data, head.end, len(data))
         self._sent = True
         self.status = 101
         self.bytes_down += len(out)
@@ -1024,7 +1055,8 @@ class Exchange:
     def _pump(self, transport: Any) -> Tunnel:
         downstream = self.downstream
         initial = downstream._surrender()
-        return Tunnel(downstream.transport, transport, initial, self._tunnel_closed, stall_s=downstream.limits.stall_s)
+        stall_s = downstream.pace.limits.stall_s
+        return Tunnel(downstream.transport, transport, initial, self._tunnel_closed, stall_s=stall_s)
 
     def _tunnel_closed(self, tunnel: Tunnel) -> None:
         self.bytes_up += tunnel.bytes_up
@@ -1052,6 +1084,11 @@ class Exchange:
         return transport, leftover
 
 
+def _ends_line(before: bytes, data: bytes) -> bool:
+    """Whether ``data`` ends a line, or ruins one: with a CR before anything but LF."""
+    return b"\n" in data or b"\r" in data[:-1] or before.endswith(b"\r")
+
+
 def _cut(data: bytes, start: int, stop: int) -> bytes | memoryview:
     """Part of ``data`` without a copy."""
     if start == 0 and stop == len(data):
@@ -1070,22 +1107,12 @@ class Downstream(Timed):
         self, handler: Handler, *, limits: Limits | None = None, scheme: str = "http", lane: Lane | None = None
     ) -> None:
         super().__init__()
-        limits = limits or Limits()
         self.handler = handler
         self.lane = lane
         self.scheme = scheme
-        self.limits = limits
-        self.via = limits.via.lower().encode("ascii")
-        self.hold_bytes = limits.hold_bytes
-        self.drain_bytes = limits.drain_bytes
-        self.head_ticks = _ticks(limits.head_s)
-        self.idle_ticks = _ticks(limits.idle_s)
-        self.body_ticks = _ticks(limits.body_s)
-        self.stall_ticks = _ticks(limits.stall_s)
-        self.response_ticks = _ticks(limits.response_s)
-        self.loop: Any = None
+        # Ten thousand connections may be idle, so what they have in common is kept once.
+        self.pace = _pace_of(limits or Limits())
         self.transport: Any = None
-        self._send: Any = None
         self.exchange: Exchange | None = None
         self.framer: http1.BodyFramer | None = None
         self.pending: bytes | None = None
@@ -1105,6 +1132,16 @@ class Downstream(Timed):
         self.surrendered = False
         self.closed = True
 
+    @property
+    def limits(self) -> Limits:
+        """What the connection may take."""
+        return self.pace.limits
+
+    def _report(self, what: str, error: BaseException) -> None:
+        wheel = self.wheel
+        if wheel is not None:
+            _report(wheel.loop, what, error)
+
     def adopt(self, transport: Any, leftover: bytes = b"") -> None:
         """Takes over a connection that something else has read ``leftover`` from."""
         transport.set_protocol(self)
@@ -1115,10 +1152,8 @@ class Downstream(Timed):
 
     def connection_made(self, transport: Any) -> None:
         self.transport = transport
-        self._send = transport.write
         self.closed = False
-        self.loop = asyncio.get_running_loop()
-        self.wheel = wheel_of(self.loop)
+        self.wheel = wheel_of(asyncio.get_running_loop())
         self._idle()
 
     def data_received(self, data: bytes) -> None:
@@ -1139,11 +1174,12 @@ class Downstream(Timed):
             self._more_head(data)
 
     def _more_head(self, data: bytes) -> None:
-        newline = b"\n" in data
+        waiting = self.pending
+        ends = waiting is None or _ends_line(waiting, data)
         self._pile(data)
         waiting = self.pending
         # An unfinished line cannot change the answer, so one byte at a time costs no parse each.
-        if waiting is not None and not self.blocked and (newline or len(waiting) >= 65536):
+        if waiting is not None and not self.blocked and (ends or len(waiting) >= 65536):
             self._parse(waiting, self.pos)
 
     def _pile(self, data: bytes) -> None:
@@ -1156,7 +1192,7 @@ class Downstream(Timed):
 
     def _measure(self) -> None:
         """Reading stops while too much is waiting."""
-        full = self.pending is not None and len(self.pending) - self.pos >= self.hold_bytes
+        full = self.pending is not None and len(self.pending) - self.pos >= self.pace.hold_bytes
         if full != self.full:
             self.full = full
             self._flow()
@@ -1172,7 +1208,7 @@ class Downstream(Timed):
             self.transport.pause_reading()
         if not self.blocked and (self.intake == _STREAMING or self.intake == _COLLECTING):
             if wanted:
-                self._arm(self.body_ticks)
+                self._arm(self.pace.body_ticks)
             else:
                 self.deadline = 0
 
@@ -1226,14 +1262,14 @@ class Downstream(Timed):
             return
         if not self.heading:
             self.heading = True
-            self._arm(self.head_ticks)
+            self._arm(self.pace.head_ticks)
 
     def _idle(self) -> None:
         self.heading = False
         if self.draining:
             self._shut(False)
             return
-        self._arm(self.idle_ticks)
+        self._arm(self.pace.idle_ticks)
 
     def _begin(self, head: http1.RequestHead, data: bytes) -> None:
         self.pos = head.end
@@ -1247,7 +1283,7 @@ class Downstream(Timed):
             self.intake = _HELD
             self.drained = 0
             self.framer = http1.BodyFramer(head.body, head.content_length, 400)
-        if head.via_names(self.via):
+        if head.via_names(self.pace.via):
             self._refuse(http1.BadMessage(508, "via_loop"))
             return
         if head.max_forwards == 0:
@@ -1273,7 +1309,7 @@ class Downstream(Timed):
         self._after()
 
     def _handler_failed(self, exchange: Exchange, error: BaseException) -> None:
-        _report(self.loop, "a handler failed", error)
+        self._report("a handler failed", error)
         exchange._fail(500, "internal_error")
 
     def _body_at_hand(self) -> tuple[bytes, int, int]:
@@ -1329,7 +1365,7 @@ class Downstream(Timed):
             return
         self._consumed(data, end)
         if self.intake != _COMPLETE:
-            self._arm(self.body_ticks)
+            self._arm(self.pace.body_ticks)
         if collecting:
             exchange._collected(bytes(piece))
             return
@@ -1344,9 +1380,9 @@ class Downstream(Timed):
         if self.blocked:
             return
         if self.intake == _COMPLETE:
-            self._arm(self.response_ticks)
+            self._arm(self.pace.response_ticks)
         elif self.reading:
-            self._arm(self.body_ticks)
+            self._arm(self.pace.body_ticks)
         if self.full:
             self._measure()
 
@@ -1364,7 +1400,7 @@ class Downstream(Timed):
         self._consumed(data, end)
         if self.intake == _COMPLETE:
             self._next()
-        elif self.drained > self.drain_bytes:
+        elif self.drained > self.pace.drain_bytes:
             self._shut(True)
         else:
             self.pending = None
@@ -1377,7 +1413,7 @@ class Downstream(Timed):
             framer = self.framer
             exchange = self.exchange
             waits = exchange is not None and exchange.head.expect_continue and not exchange._continued
-            if framer is None or waits or (framer.kind == _BY_LENGTH and framer.left > self.drain_bytes):
+            if framer is None or waits or (framer.kind == _BY_LENGTH and framer.left > self.pace.drain_bytes):
                 self.keep = False
 
     def _connection(self) -> int:
@@ -1389,7 +1425,7 @@ class Downstream(Timed):
 
     def _write(self, data: bytes) -> None:
         if not self.closed:
-            self._send(data)
+            self.transport.write(data)
 
     def _after(self) -> None:
         """An exchange is over and its answer written."""
@@ -1403,7 +1439,7 @@ class Downstream(Timed):
         elif self.intake != _COMPLETE:
             # For all of the rest, however it comes: nobody waits for it.
             self.intake = _DISCARDING
-            self._arm(self.body_ticks)
+            self._arm(self.pace.body_ticks)
             data = self.pending
             if data is not None:
                 self._throw_away(data, self.pos)
@@ -1423,7 +1459,7 @@ class Downstream(Timed):
         try:
             return self.handler.on_bad_request(error)
         except Exception as failure:
-            _report(self.loop, "on_bad_request failed", failure)
+            self._report("on_bad_request failed", failure)
             return http1.plain_response(error.status, (), b"", _CLOSING)
 
     def _refuse(self, error: http1.BadMessage) -> None:
@@ -1441,10 +1477,10 @@ class Downstream(Timed):
         self._flow()
         if linger and self.transport.can_write_eof() and not self.transport.is_closing():
             self.transport.write_eof()
-            self._arm(_ticks(self.limits.linger_s))
+            self._arm(self.pace.linger_ticks)
         else:
             self.transport.close()
-            self._arm(self.stall_ticks)
+            self._arm(self.pace.stall_ticks)
 
     def _cut_off(self, hard: bool) -> None:
         """Ends the connection so that the answer in progress is seen to be incomplete."""
@@ -1501,7 +1537,7 @@ class Downstream(Timed):
             upstream = exchange.upstream
             if upstream is not None:
                 upstream._pause(True)
-        self._arm(self.stall_ticks)
+        self._arm(self.pace.stall_ticks)
 
     def resume_writing(self) -> None:
         self.blocked = False
@@ -1511,7 +1547,7 @@ class Downstream(Timed):
         exchange = self.exchange
         if exchange is not None:
             if self.reading and (self.intake == _STREAMING or self.intake == _COLLECTING):
-                self._arm(self.body_ticks)
+                self._arm(self.pace.body_ticks)
             upstream = exchange.upstream
             if upstream is not None:
                 upstream._pause(False)
@@ -1524,7 +1560,7 @@ class Downstream(Timed):
         if exchange is not None:
             exchange._leave()
         self.shut = True
-        self._arm(self.stall_ticks)
+        self._arm(self.pace.stall_ticks)
         return False
 
     def connection_lost(self, exc: BaseException | None) -> None:
@@ -1545,7 +1581,7 @@ class Downstream(Timed):
         try:
             self.handler.on_close()
         except Exception as error:
-            _report(self.loop, "on_close failed", error)
+            self._report("on_close failed", error)
 
 
 class _Parked:

@@ -8,11 +8,16 @@ what the twin's docstring allows to be captured and held.
 import json
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.dict cimport PyDict_GetItem
+from cpython.object cimport PyObject
+from cpython.unicode cimport PyUnicode_DecodeASCII
+from libc.stdint cimport int64_t, uint64_t
 from libc.string cimport memchr, memcmp, memcpy
 
-from creto_hotpath._usage_fields import anthropic_counts, anthropic_usage, openai_usage, usage_fields
+from creto_hotpath._usage_fields import MAX_COUNT, anthropic_counts, anthropic_usage, openai_usage, usage_fields
 
 cdef enum:
+    COUNT_LIMIT = 1000000000
     DEPTH_LIMIT = 512
     KEY_LIMIT = 16
     CAPTURE_LIMIT = 16384
@@ -40,11 +45,15 @@ cdef enum:
     OPEN_OBJECT = 123
     CLOSE_OBJECT = 125
 
+assert COUNT_LIMIT == MAX_COUNT
 MAX_CAPTURE = CAPTURE_LIMIT
 MAX_DEPTH = DEPTH_LIMIT
 MAX_HELD = HELD_LIMIT
 
 ctypedef const unsigned char* text
+
+cdef uint64_t ONES = 0x0101010101010101ULL
+cdef uint64_t HIGHS = 0x8080808080808080ULL
 
 cdef dict _WRAPPERS = {"openai": b"", "openai-responses": b"response", "anthropic": b"message"}
 
@@ -55,6 +64,15 @@ cdef inline bint is_space(unsigned char c) noexcept nogil:
 
 cdef inline Py_ssize_t string_run(text p, Py_ssize_t i, Py_ssize_t end) noexcept nogil:
     """Index of the next quote or backslash at or after ``i``, ``end`` when there is none."""
+    cdef uint64_t word, quotes, slashes
+    while i + 8 <= end:
+        memcpy(&word, p + i, 8)
+        quotes = word ^ (ONES * QUOTE)
+        slashes = word ^ (ONES * BACKSLASH)
+        # The highest bit of a byte is set where it is zero, and seldom without need.
+        if (((quotes - ONES) & ~quotes) | ((slashes - ONES) & ~slashes)) & HIGHS:
+            break
+        i += 8
     while i < end and p[i] != QUOTE and p[i] != BACKSLASH:
         i += 1
     return i
@@ -157,8 +175,11 @@ cdef class UsageScanner:
     @property
     def model(self):
         """Name of the model that answered, "" when it was not named."""
-        if not self.named:
+        cdef Py_ssize_t size = PyBytes_GET_SIZE(self.named)
+        if not size:
             return ""
+        if is_plain(<text>PyBytes_AS_STRING(self.named) + 1, size - 2):
+            return PyUnicode_DecodeASCII(PyBytes_AS_STRING(self.named) + 1, size - 2, NULL)
         try:
             name = json.loads(self.named)
         except ValueError:
@@ -474,8 +495,12 @@ cdef class UsageScanner:
         self.last = False
         if not self.usage_raw:
             return 0
-        fields = usage_fields(self.usage_raw)
-        found = anthropic_counts(fields) if self.dialect == "anthropic" else openai_usage(fields)
+        fields = plain_fields(self.usage_raw)
+        if fields is None:
+            fields = usage_fields(self.usage_raw)
+            found = anthropic_counts(fields) if self.dialect == "anthropic" else openai_usage(fields)
+        else:
+            found = anthropic_counts(fields) if self.dialect == "anthropic" else openai_plain(fields)
         if not found:
             return 0
         self.last = True
@@ -492,6 +517,119 @@ cdef class UsageScanner:
         else:
             self.final = self.final or self.d.choices_empty
         return 0
+
+
+cdef bint is_plain(text p, Py_ssize_t size) noexcept nogil:
+    """Whether it stands for itself between two quotes."""
+    cdef Py_ssize_t i
+    for i in range(size):
+        if p[i] < 32 or p[i] > 126 or p[i] == QUOTE or p[i] == BACKSLASH:
+            return False
+    return size >= 0
+
+
+cdef int take(dict into, str name, object fields, str key) except -1:
+    """Stores a count, unless there is one."""
+    cdef PyObject *found
+    cdef int64_t count
+    if type(fields) is not dict or name in into:
+        return 0
+    found = PyDict_GetItem(fields, key)
+    if found != NULL and type(<object>found) is int:
+        count = <object>found
+        if count <= COUNT_LIMIT:
+            into[name] = <object>found
+    return 0
+
+
+cdef dict openai_plain(dict fields):
+    """``openai_usage`` of what ``plain_fields`` gives."""
+    cdef dict usage = {}
+    take(usage, "input", fields, "prompt_tokens")
+    take(usage, "input", fields, "input_tokens")
+    take(usage, "output", fields, "completion_tokens")
+    take(usage, "output", fields, "output_tokens")
+    take(usage, "total", fields, "total_tokens")
+    if len(fields) > len(usage):
+        # Of both spellings of the details the second counts, so it is taken first.
+        for parts_in, parts_out in (
+            ("input_tokens_details", "output_tokens_details"), ("prompt_tokens_details", "completion_tokens_details")
+        ):
+            inside, outside = fields.get(parts_in), fields.get(parts_out)
+            take(usage, "cache_read", inside, "cached_tokens")
+            take(usage, "cache_write", inside, "cache_write_tokens")
+            take(usage, "input_audio", inside, "audio_tokens")
+            take(usage, "reasoning", outside, "reasoning_tokens")
+            take(usage, "output_audio", outside, "audio_tokens")
+    total = usage.get("total")
+    if total is None:
+        if "input" in usage and "output" in usage:
+            usage["total"] = usage["input"] + usage["output"]
+    elif "input" in usage:
+        usage.setdefault("output", max(0, total - usage["input"]))
+    elif "output" in usage:
+        usage["input"] = max(0, total - usage["output"])
+    return usage
+
+
+cdef dict plain_fields(bytes raw):
+    """What ``usage_fields`` gives for an object of plain names with whole numbers, null and such objects; else None."""
+    cdef Py_ssize_t at = 0
+    cdef dict fields = plain_object(<text>PyBytes_AS_STRING(raw), PyBytes_GET_SIZE(raw), &at, 2)
+    return fields if at == PyBytes_GET_SIZE(raw) else None
+
+
+cdef dict plain_object(text p, Py_ssize_t size, Py_ssize_t *at, int depth):
+    cdef dict fields = {}
+    cdef Py_ssize_t i = at[0], start
+    cdef int64_t number
+    if i == size or p[i] != OPEN_OBJECT:
+        return None
+    i = skip_space(p, i + 1, size)
+    if i < size and p[i] == CLOSE_OBJECT:
+        at[0] = i + 1
+        return fields
+    while i < size and p[i] == QUOTE:
+        start = i + 1
+        i = start
+        while i < size and p[i] != QUOTE:
+            i += 1
+        if i == size or not is_plain(p + start, i - start):
+            return None
+        name = PyUnicode_DecodeASCII(<const char *>p + start, i - start, NULL)
+        i = skip_space(p, i + 1, size)
+        if i == size or p[i] != COLON:
+            return None
+        i = skip_space(p, i + 1, size)
+        if i < size and p[i] == OPEN_OBJECT and depth:
+            at[0] = i
+            value = plain_object(p, size, at, depth - 1)
+            if value is None:
+                return None
+            i = at[0]
+        elif size - i >= 4 and memcmp(p + i, b"null", 4) == 0:
+            value = None
+            i += 4
+        else:
+            start = i
+            number = 0
+            while i < size and 48 <= p[i] <= 57 and i - start < 16:
+                number = number * 10 + (p[i] - 48)
+                i += 1
+            if i == start or (p[start] == 48 and i - start > 1):
+                return None
+            value = number
+        fields[name] = value
+        i = skip_space(p, i, size)
+        if i == size:
+            return None
+        if p[i] == CLOSE_OBJECT:
+            at[0] = i + 1
+            return fields
+        if p[i] != COMMA:
+            return None
+        i = skip_space(p, i + 1, size)
+    return None
 
 
 def object_members(bytes body not None):

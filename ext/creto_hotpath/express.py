@@ -22,11 +22,14 @@ TARGET = _impl.TARGET
 TOTAL_NS = _impl.TOTAL_NS
 TRACE = _impl.TRACE
 UPSTREAM_NS = _impl.UPSTREAM_NS
+USAGE = _impl.USAGE
 
 if TYPE_CHECKING:
-    from creto_hotpath._express_py import Express, Standing, Valve
+    from creto_hotpath._express_py import Express, Metered, Share, Standing, Valve
 else:
     Express = _impl.Express
+    Metered = _impl.Metered
+    Share = _impl.Share
     Standing = _impl.Standing
     Valve = _impl.Valve
 
@@ -42,7 +45,10 @@ __all__ = [
     "TOTAL_NS",
     "TRACE",
     "UPSTREAM_NS",
+    "USAGE",
     "Express",
+    "Metered",
+    "Share",
     "Standing",
     "Valve",
 ]

@@ -10,10 +10,6 @@ import asyncio
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-from creto_metering.ledger import Ledger
-from creto_metering.meter import RequestMeter
-from creto_metering.routes import UsageRoutes
-from creto_metering.service import Service
 from creto_metering.settings import Settings as MeteringSettings
 from creto_proxy.hookspecs import API_VERSION, Consumer, Core, Meter, Routes, hookimpl
 
@@ -30,6 +26,12 @@ class Metering:
     Settings: ClassVar[type[BaseModel]] = MeteringSettings
 
     def __init__(self, settings: MeteringSettings, core: Core) -> None:
+        # Here, so that commands that only read the settings do not wait for a database library.
+        from creto_metering.ledger import Ledger
+        from creto_metering.meter import RequestMeter
+        from creto_metering.routes import UsageRoutes
+        from creto_metering.service import Service
+
         self._meter = RequestMeter(settings, core.clock, core.providers)
         self._ledger = Ledger(core.state_dir / "metering.db")
         self._routes = UsageRoutes(self._ledger, self._meter, core.clock)

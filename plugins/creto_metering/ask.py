@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
+from creto_hotpath.ask import TARIFF_TOKENS, Tariff
+from creto_hotpath.ask import Ask as Plain
 from creto_hotpath.usage import object_members
 from creto_metering.prices import Price
 from creto_metering.providers import Endpoint
@@ -54,8 +55,7 @@ def estimate_tokens(size: int) -> int:
     return size // BYTES_PER_TOKEN
 
 
-@dataclass(frozen=True, slots=True)
-class Ask:
+class Ask(NamedTuple):
     """model: as written. streams: the answer is an event stream. wants_usage: the client itself asked for usage in it.
 
     output_limit: tokens it allows per choice, None when it sets none. choices: answers it asks for. refers: part of its
@@ -90,6 +90,44 @@ class Ask:
         if limit is None and price is not None:
             limit = price.max_output or price.context_window
         return (limit or default) * self.choices if limit != 0 else 0
+
+    def tariff(self, price: Price | None, default: int, cost: int) -> Tariff:
+        """The ceilings of everything that asks for the same, whatever its size; ``cost`` nano-dollars without a price.
+
+        Raises ValueError for more than a tariff counts with.
+        """
+        window = price.context_window if price is not None else 0
+        tokens_out = self.output_ceiling(price, default)
+        if price is None:
+            return Tariff(tokens_out=tokens_out, cost=cost)
+        tokens_in = self.input_ceiling(price)
+        least, most = price.tier_of(tokens_in)
+        return Tariff(
+            window=window or None,
+            all_of_it=self.refers and window > 0,
+            tokens_out=tokens_out,
+            rates=price.dearest(tokens_in, caches=self.caches, audio=self.audio),
+            least=least,
+            most=min(most, TARIFF_TOKENS),
+        )
+
+
+def plain_ask(endpoint: Endpoint, size: int, plain: Plain) -> Ask:
+    """What ``parse_ask`` finds in a body of ``size`` bytes in which one look found ``plain``."""
+    chat = endpoint.operation in ("chat", "completion")
+    return Ask(
+        endpoint,
+        size,
+        plain.model or endpoint.deployment,
+        plain.stream is True,
+        not chat or plain.includes_usage,
+        plain.limit,
+        plain.choices if chat else 1,
+        plain.refers,
+        plain.caches or endpoint.dialect != "anthropic",
+        plain.audio,
+        {},
+    )
 
 
 def parse_ask(endpoint: Endpoint, body: bytes) -> Ask:

@@ -12,16 +12,14 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
-from creto_hotpath.quota import QuotaTable
-from creto_metering.budgets import applying, counted, described
+from creto_metering.groups import GROUPS, By
 from creto_metering.importer import PROVIDERS, ImporterMissing, import_prices, rendered
-from creto_metering.ledger import GROUPS, By, Ledger, LedgerError, Totals
 from creto_metering.money import usd
-from creto_metering.routes import document, summed
-from creto_metering.settings import Settings
 from creto_metering.windows import SECOND_NS, iso
 
 if TYPE_CHECKING:
+    from creto_metering.ledger import Totals
+    from creto_metering.settings import Settings
     from creto_proxy.cli import Operator
 
 LEDGER_FILE = "metering.db"
@@ -57,6 +55,9 @@ def usage(context: click.Context, by: str, since: int, agent: str | None) -> Non
     """Show who used what, and what it cost."""
     if context.invoked_subcommand is not None:
         return
+    from creto_metering.ledger import Ledger, LedgerError
+    from creto_metering.routes import document, summed
+
     operator: Operator = context.obj
     ledger = Ledger(operator.state_dir / LEDGER_FILE)
     try:
@@ -117,7 +118,7 @@ def import_prices_command(operator: Operator, providers: Sequence[str], output: 
 @click.pass_obj
 def quota(operator: Operator) -> None:
     """Show every budget: limit, used, reserved, when it resets."""
-    settings = cast(Settings, operator.config.sections["metering"])
+    settings = cast("Settings", operator.config.sections["metering"])
     rows = budget_rows(settings, operator.state_dir, time.time_ns())
     documents = [{"level": row["level"], **row} for row in rows]
     if not rows and not operator.json:
@@ -131,6 +132,9 @@ def budget_rows(settings: Settings, state_dir: Path, now_ns: int) -> list[dict[s
     table_file = state_dir / QUOTA_FILE
     if not settings.budgets or not table_file.exists():
         return []
+    from creto_hotpath.quota import QuotaTable
+    from creto_metering.budgets import applying, counted, described
+
     seen: dict[bytes, dict[str, Any]] = {}
     with closing(QuotaTable(str(table_file))) as table:
         for path in _known_paths(settings, state_dir):
@@ -141,6 +145,8 @@ def budget_rows(settings: Settings, state_dir: Path, now_ns: int) -> list[dict[s
 
 
 def _known_paths(settings: Settings, state_dir: Path) -> list[tuple[str, ...]]:
+    from creto_metering.ledger import Ledger, LedgerError
+
     named: list[tuple[str, ...]] = [
         (budget.level if budget.level == "platform" else f"{budget.level}:{budget.match}",)
         for budget in settings.budgets

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
-from creto_hotpath.usage import UsageScanner
-from creto_metering.ask import Ask, BadBody, parse_ask, with_usage_included
+from creto_hotpath.usage import Dialect, UsageScanner
+from creto_metering.ask import Ask, BadBody, parse_ask, plain_ask, with_usage_included
 from creto_metering.budgets import COST, Amounts, Budgets, Hold, Refusal, retry_after_s
 from creto_metering.money import MAX_NANO
 from creto_metering.prices import Price, PriceBook
@@ -15,7 +16,7 @@ from creto_metering.providers import Endpoint, Providers
 from creto_metering.settings import Settings
 from creto_metering.windows import iso
 from creto_proxy.hookspecs import Clock, Edits, Tap
-from creto_proxy.model import Certainty, Decision, Lease, Request, Usage, Verdict
+from creto_proxy.model import Certainty, Decision, Lease, Metering, Request, Usage, Verdict
 
 log = logging.getLogger("creto.metering")
 
@@ -90,15 +91,34 @@ class RequestMeter:
         return Decision(Verdict.ALLOW, "within_budget" if levels.slots else "no_budget")
 
     def lease(self, request: Request) -> Lease | None:
-        """One request on every budget, for whatever uses no model; model requests are read one by one."""
+        """One request on every budget, for whatever uses no model; a tariff for model requests that ask for the same,
+        where one look at the body says what that is."""
         ticket = _ticket(request)
-        if ticket is None or ticket.ask is not None or ticket.amounts != _ONE_REQUEST:
+        if ticket is None:
             return None
+        if ticket.ask is not None:
+            metering = None if request.ask is None else self._metering(request, ticket, ticket.ask)
+            return None if metering is None else Lease(exact=True, asks=True, metering=metering)
         # On the host of a provider the path says whether a model is used.
         exact = self._providers.provider(request.host) is not None
         if ticket.hold is None:
             return Lease(exact)
         return Lease(exact, self.budgets.charge_of(ticket.hold))
+
+    def _metering(self, request: Request, ticket: Ticket, ask: Ask) -> Metering | None:
+        try:
+            tariff = ask.tariff(ticket.price, self._settings.default_max_output, self._default_nano)
+        except ValueError:
+            return None  # more than a tariff counts with
+        edits = self.edits(request)
+        return Metering(
+            tariff=tariff,
+            tap=partial(_tap, ask.endpoint.dialect, ticket.hides_usage),
+            account=partial(self._account, ask, ticket.price),
+            charge=None if ticket.hold is None else self.budgets.charge_of(ticket.hold),
+            edits=None if edits is None else edits.headers,
+            rewrite=with_usage_included if ticket.hides_usage else None,
+        )
 
     def release(self, request: Request) -> None:
         """The request is not sent: nothing is charged. Does nothing when nothing is held."""
@@ -123,13 +143,7 @@ class RequestMeter:
         ticket = _ticket(request)
         if ticket is None or ticket.ask is None:
             return None
-        dialect = ticket.ask.endpoint.dialect
-        media = content_type.partition(";")[0].strip().lower()
-        if media == "text/event-stream":
-            return UsageScanner(dialect, True, ticket.hides_usage)
-        if media == "application/json" or media.endswith("+json"):
-            return UsageScanner(dialect, False)
-        return None
+        return _tap(ticket.ask.endpoint.dialect, ticket.hides_usage, content_type)
 
     def settle(self, request: Request, tap: Tap | None, *, status: int, completed: bool) -> Usage:
         """Charges what was used. Usage that is not known for certain keeps the whole reservation."""
@@ -139,43 +153,44 @@ class RequestMeter:
         if ticket.ask is None:
             self._charge(ticket, _ONE_REQUEST)
             return Usage()
-        scanner = tap if isinstance(tap, UsageScanner) else None
-        tokens = scanner.usage if scanner is not None else None
-        if tokens is None and status >= 400:
-            # Providers do not bill errors; the request itself was made.
-            self._charge(ticket, _ONE_REQUEST)
-            return Usage(provider=ticket.ask.endpoint.provider, model=ticket.ask.model)
-        exact = scanner is not None and (scanner.final or (completed and scanner.last))
-        return self._used(ticket, tokens or {}, scanner.model if scanner is not None else "", exact=exact)
+        actual, usage = self._account(ticket.ask, ticket.price, tap, status, completed, ticket.amounts)
+        self._charge(ticket, actual)
+        return usage
 
-    def _used(self, ticket: Ticket, tokens: dict[str, int], model: str, *, exact: bool) -> Usage:
-        ask = ticket.ask
-        assert ask is not None  # only model requests come here
-        _, held_tokens, held_cost = ticket.amounts
-        exact = exact and "input" in tokens and ("output" in tokens or ask.endpoint.operation == "embedding")
-        now_ns = self._clock.unix_ns()
-        price = self._prices.price(ask.endpoint.provider, model, now_ns, ask.when) or ticket.price
-        seen_cost = price.cost_nano(tokens) if price is not None else 0
-        used = tokens.get("total", tokens.get("input", 0) + tokens.get("output", 0))
+    def _account(
+        self, ask: Ask, reserved_at: Price | None, tap: Tap | None, status: int, completed: bool, held: Amounts
+    ) -> tuple[Amounts, Usage]:
+        """What is charged for an answer, and the usage to record."""
+        endpoint = ask.endpoint
+        tokens, model, exact = None, "", False
+        if isinstance(tap, UsageScanner):
+            tokens, model = tap.usage, tap.model
+            exact = tap.final or (completed and tap.last)
+        if tokens is None:
+            if status >= 400:
+                # Providers do not bill errors; the request itself was made.
+                return _ONE_REQUEST, Usage("none", endpoint.provider, ask.model)
+            tokens = {}
+        exact = exact and "input" in tokens and ("output" in tokens or endpoint.operation == "embedding")
+        price = self._prices.price(endpoint.provider, model, self._clock.unix_ns(), ask.when) or reserved_at
+        used = tokens["total"] if "total" in tokens else tokens.get("input", 0) + tokens.get("output", 0)
+        _, held_tokens, held_cost = held
         # Without a price the cost stays what was reserved, however exact the tokens are.
-        cost = held_cost + reconcile(held_cost, min(seen_cost, MAX_NANO), exact=exact and price is not None)
-        self._charge(ticket, (1, held_tokens + reconcile(held_tokens, used, exact=exact), cost))
+        cost = 0 if price is None else min(price.cost_nano(tokens), MAX_NANO)
+        cost = held_cost + reconcile(held_cost, cost, exact=exact and price is not None)
         certainty: Certainty = "unknown" if not exact else "exact" if price is not None else "estimated"
-        return Usage(
-            certainty=certainty,
-            provider=ask.endpoint.provider,
-            model=model or ask.model,
-            tokens=tokens,
-            cost_nano_usd=cost,
-        )
+        actual = (1, held_tokens + reconcile(held_tokens, used, exact=exact), cost)
+        return actual, Usage(certainty, endpoint.provider, model or ask.model, tokens, cost)
 
     def _estimate(self, request: Request, endpoint: Endpoint, ticket: Ticket) -> Decision | None:
         """Fills in the ticket's upper bounds; a Decision when the request cannot be let through."""
         encoding = (request.headers.get("content-encoding") or "identity").strip().lower()
         if encoding != "identity":
             return _bad_body(f"its body is encoded with {encoding[:32]!r}; send it as it is")
+        body = request.body or b""
+        plain = request.ask
         try:
-            ask = parse_ask(endpoint, request.body or b"")
+            ask = parse_ask(endpoint, body) if plain is None else plain_ask(endpoint, len(body), plain)
         except BadBody as error:
             return _bad_body(str(error))
         price = self._prices.price(endpoint.provider, ask.model, self._clock.unix_ns(), ask.when)
@@ -214,6 +229,15 @@ class RequestMeter:
 def _ticket(request: Request) -> Ticket | None:
     ticket = request.notes.get(NOTE)
     return ticket if isinstance(ticket, Ticket) else None
+
+
+def _tap(dialect: Dialect, hides_usage: bool, content_type: str) -> UsageScanner | None:
+    media = content_type.partition(";")[0].strip().lower()
+    if media == "text/event-stream":
+        return UsageScanner(dialect, True, hides_usage)
+    if media == "application/json" or media.endswith("+json"):
+        return UsageScanner(dialect, False)
+    return None
 
 
 def _bad_body(why: str) -> Decision:

@@ -23,10 +23,14 @@ from creto_metering.windows import SECOND_NS
 
 FORMAT = 1
 MILLION = 1_000_000
+# A day of UTC: they are all of this length.
+_DAY_NS = 86_400 * SECOND_NS
 # Names come from agents and upstreams; longer ones are no model's.
 MAX_MODEL_NAME = 256
 
 KINDS = ("input", "output", "cache_read", "cache_write", "cache_write_1h", "input_audio", "output_audio", "web_search")
+# A usage of nothing else has two rates.
+_PLAIN = frozenset({"input", "output", "reasoning", "total"})
 
 
 class PricesInvalid(ValueError):
@@ -90,6 +94,10 @@ class Price:
 
     def cost_nano(self, tokens: Mapping[str, int]) -> int:
         """Nano-dollars of a usage (keys as ``Usage.tokens``; ``input`` includes what caches read and wrote)."""
+        if tokens.keys() <= _PLAIN:
+            read, written = tokens.get("input", 0), tokens.get("output", 0)
+            rates = self.rates(read) if self.tiers else self.base
+            return (read * rates.input + written * rates.output + MILLION // 2) // MILLION
         return rounded(sum(self.cost_parts(tokens)))
 
     def cost_parts(self, tokens: Mapping[str, int]) -> tuple[int, int, int]:
@@ -111,6 +119,11 @@ class Price:
 
     def ceiling_nano(self, input_tokens: int, output_tokens: int, *, caches: bool, audio: bool) -> int:
         """The most that so many tokens can cost, whichever of them are written to a cache or are sound."""
+        dearest_in, dearest_out = self.dearest(input_tokens, caches=caches, audio=audio)
+        return rounded(input_tokens * dearest_in + output_tokens * dearest_out)
+
+    def dearest(self, input_tokens: int, *, caches: bool, audio: bool) -> tuple[int, int]:
+        """The dearest rates of input and output in a request with that many input tokens."""
         rates = self.rates(input_tokens)
         dearest_in, dearest_out = rates.input, rates.output
         if caches:
@@ -118,7 +131,17 @@ class Price:
         if audio:
             dearest_in = max(dearest_in, rates.input_audio)
             dearest_out = max(dearest_out, rates.output_audio)
-        return rounded(input_tokens * dearest_in + output_tokens * dearest_out)
+        return dearest_in, dearest_out
+
+    def tier_of(self, input_tokens: int) -> tuple[int, int]:
+        """The least and the most input tokens for which the same rates hold."""
+        least, most = 0, 2**63
+        for above, _ in self.tiers:
+            if input_tokens > above:
+                least = above + 1
+            else:
+                most = min(most, above)
+        return least, most
 
 
 def rounded(millionths: int) -> int:
@@ -152,7 +175,7 @@ class PriceBook:
     models: Sequence[_Model]
     source: str = ""
     _by_name: dict[tuple[str, str], _Model | None] = field(default_factory=dict)
-    _compiled: dict[tuple[int, date, tuple[tuple[str, str], ...]], Price] = field(default_factory=dict)
+    _compiled: dict[tuple[int, int, tuple[tuple[str, str], ...]], Price] = field(default_factory=dict)
 
     def price(self, provider: str, model: str, unix_ns: int, when: Mapping[str, str] | None = None) -> Price | None:
         """The price in force at ``unix_ns`` (UTC date), None for a model nobody priced.
@@ -162,24 +185,25 @@ class PriceBook:
         found = self._find(provider, model)
         if found is None:
             return None
-        day = datetime.fromtimestamp(unix_ns // SECOND_NS, UTC).date()
-        facts = tuple(sorted((when or {}).items()))
-        key = (id(found), day, facts)
+        facts = tuple(sorted(when.items())) if when else ()
+        key = (id(found), unix_ns // _DAY_NS, facts)
         price = self._compiled.get(key)
         if price is None:
             if len(self._compiled) >= 4096:
                 self._compiled.clear()
+            day = datetime.fromtimestamp(unix_ns // SECOND_NS, UTC).date()
             price = self._compiled[key] = _price_on(found, day, dict(facts))
         return price
 
     def _find(self, provider: str, model: str) -> _Model | None:
         if not model or len(model) > MAX_MODEL_NAME:
             return None
-        key = (provider, model.lower())
+        key = (provider, model)
         if key not in self._by_name:
             if len(self._by_name) >= 4096:
                 self._by_name.clear()
-            self._by_name[key] = next((m for m in self.models if m.provider == provider and m.matches(key[1])), None)
+            name = model.lower()
+            self._by_name[key] = next((m for m in self.models if m.provider == provider and m.matches(name)), None)
         return self._by_name[key]
 
     def joined(self, other: PriceBook) -> PriceBook:

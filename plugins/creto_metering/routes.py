@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from creto_metering.ledger import Ledger, Totals
-from creto_metering.meter import RequestMeter
 from creto_metering.money import usd
 from creto_metering.windows import iso
 from creto_proxy.hookspecs import Clock, ControlRequest, ControlResponse
+
+if TYPE_CHECKING:
+    from creto_metering.meter import RequestMeter
 
 
 class UsageRoutes:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ import msgpack
 from creto_hotpath import express
 from creto_hotpath.journal import Journal, read_frames
 from creto_platform.audit import Audit
+from creto_platform.audit import encode as encode_record
+from creto_proxy.batch import FIELD, Batch, Made, Part
 from creto_proxy.errors import Transient
 from creto_proxy.model import Outcome, Usage
 
@@ -39,6 +41,12 @@ def encode(outcome: Outcome) -> bytes:
     return packed
 
 
+def encode_usage(usage: Usage) -> bytes:
+    """What ``encode`` has of it."""
+    packed: bytes = _pack([usage.certainty, usage.provider, usage.model, usage.tokens, usage.cost_nano_usd])
+    return packed
+
+
 # What is only known when an exchange ends.
 _FACTS = {
     "id": express.ID,
@@ -55,18 +63,17 @@ _FACTS = {
 }
 
 
-def template(outcome: Outcome) -> tuple[bytes | int, ...]:
-    """What ``encode`` gives, with a number of ``creto_hotpath.express`` in place of each fact of the exchange."""
+def template(outcome: Outcome, *, metered: bool = False) -> tuple[bytes | int, ...]:
+    """What ``encode`` gives, with a number of ``creto_hotpath.express`` in place of each fact of the exchange, and with
+    ``metered`` in place of the usage."""
     parts: list[bytes | int] = [_pack_header(len(_FIELDS))]
     for name in _FIELDS:
-        fact = _FACTS.get(name)
+        fact = express.USAGE if metered and name == "usage" else _FACTS.get(name)
         if fact is not None:
             parts.append(fact)
             continue
         value = getattr(outcome, name)
-        if name == "usage":
-            value = [value.certainty, value.provider, value.model, value.tokens, value.cost_nano_usd]
-        packed: bytes = _pack(value)
+        packed: bytes = encode_usage(value) if name == "usage" else _pack(value)
         last = parts[-1]
         if isinstance(last, bytes):
             parts[-1] = last + packed
@@ -79,6 +86,11 @@ def _pack_header(size: int) -> bytes:
     """A msgpack array header."""
     packed: bytes = _pack([None] * size)
     return packed[:-size]
+
+
+def _pack_map_header(size: int) -> bytes:
+    packed: bytes = _pack(dict.fromkeys(range(size)))
+    return packed[: -2 * size]
 
 
 def decode(payload: bytes) -> Outcome:
@@ -168,7 +180,11 @@ class AuditTrail:
         return self._audit.position(segment)
 
     def apply(self, segment: str, records: Sequence[Outcome], upto: int) -> None:
-        self._audit.apply(segment, upto, [audit_record(outcome) for outcome in records])
+        if not isinstance(records, Batch):
+            self._audit.apply(segment, upto, [audit_record(outcome) for outcome in records])
+            return
+        entries = records.entries(ENTRY, lambda outcome: encode_record(audit_record(outcome)))
+        self._audit.apply_encoded(segment, upto, records.column("id"), entries)
 
 
 _OUTCOMES = {"allow": "success", "approved": "success", "deny": "denied"}
@@ -177,16 +193,13 @@ _OUTCOMES = {"allow": "success", "approved": "success", "deny": "denied"}
 def audit_record(outcome: Outcome) -> dict[str, Any]:
     """What outsiders can verify: who, by which chain, did what to which resource, with which result, and why."""
     usage = outcome.usage
-    result = _OUTCOMES.get(outcome.decision, "failure")
-    if outcome.error:
-        result = "timeout" if outcome.error.endswith("timeout") else "failure"
     return {
         "id": outcome.id,
         "who": outcome.agent,
         "dch": outcome.chain_digest,
         "act": outcome.action,
-        "res": f"{outcome.scheme}://{outcome.host}{f':{outcome.port}' if outcome.port else ''}{outcome.target}",
-        "out": result,
+        "res": f"{_origin(outcome.scheme, outcome.host, outcome.port)}{outcome.target}",
+        "out": _result(outcome.decision, outcome.error),
         "why": outcome.error or outcome.reason,
         "at": outcome.at_unix_ns,
         "ctx": {
@@ -203,6 +216,44 @@ def audit_record(outcome: Outcome) -> dict[str, Any]:
             "bytes_down": outcome.bytes_down,
         },
     }
+
+
+def _origin(scheme: str, host: str, port: int) -> str:
+    return f"{scheme}://{host}{f':{port}' if port else ''}"
+
+
+def _result(decision: str, error: str) -> str:
+    if error:
+        return "timeout" if error.endswith("timeout") else "failure"
+    return _OUTCOMES.get(decision, "failure")
+
+
+def _made(function: Callable[..., bytes], *names: str) -> Made:
+    return Made([FIELD[name] for name in names], function)
+
+
+# The entry of ``audit_record``, as ``Batch.entries`` makes it: the bytes of the journal in another order.
+ENTRY: tuple[Part, ...] = (
+    _pack_map_header(9), _pack("id"), FIELD["id"],
+    _pack("who"), FIELD["agent"],
+    _pack("dch"), FIELD["chain_digest"],
+    _pack("act"), FIELD["action"],
+    _pack("res"), (_made(lambda *of: _origin(*of).encode(), "scheme", "host", "port"), FIELD["target"]),
+    _pack("out"), _made(lambda *of: _pack(_result(*of)), "decision", "error"),
+    _pack("why"), _made(lambda error, reason: _pack(error or reason), "error", "reason"),
+    _pack("at"), FIELD["at_unix_ns"],
+    _pack("ctx"), _pack_map_header(11), _pack("chain"), FIELD["chain"],
+    _pack("method"), FIELD["method"],
+    _pack("status"), FIELD["status"],
+    _pack("decision"), FIELD["decision"],
+    _pack("policies"), FIELD["policies"],
+    _pack("approval"), FIELD["approval_id"],
+    _pack("model"), FIELD["usage.model"],
+    _pack("tokens"), FIELD["usage.tokens"],
+    _pack("cost_nano_usd"), FIELD["usage.cost_nano_usd"],
+    _pack("bytes_up"), FIELD["bytes_up"],
+    _pack("bytes_down"), FIELD["bytes_down"],
+)  # fmt: skip
 
 
 def outcomes(directory: Path, run: str) -> Iterator[Outcome]:

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from creto_platform.authz import Authz, Query, Watch
+from creto_platform.authz.reads import ATTRIBUTES
 from creto_proxy.bodies import AmbiguousBody, json_pointer
 from creto_proxy.egress import literal
 from creto_proxy.errors import Refused
@@ -22,6 +23,8 @@ from creto_proxy.settings import Extract
 PATH_OVERRIDES = ("x-original-url", "x-rewrite-url")
 # What an answer may depend on that is the same for every request of one shape.
 _SHAPE = frozenset({"method", "scheme", "way", "port", "depth", "root", "ip", "fingerprint", "path"})
+# What a body that is plain says of itself, with the head that it comes with.
+_ASK = ATTRIBUTES["llm"]
 NO_PERMIT = "policy_no_permit"
 _VERDICTS = {"allow": Verdict.ALLOW, "oversight": Verdict.ESCALATE, "deny": Verdict.DENY}
 
@@ -68,13 +71,25 @@ class Policy:
 
     def lease(self, request: Request) -> Lease | None:
         """That the answer to ``request``, which was ALLOW, holds for others like it; None when it may not."""
-        if self.body_limit(request) or self._inspector.calls(request):
+        calls = self._inspector.calls(request)
+        asks = bool(calls or self.body_limit(request))
+        if asks and (request.ask is None or any(call.action != "llmCall" for call in calls)):
             return None
-        reads = self._authz.lasting(self._query(request, request.action, request.method, request.path, None))
-        if reads is None or not reads <= _SHAPE:
+        if asks and any(applies(rule, request) for rule in self._extracts):
             return None
-        by_path = "path" in reads or self._inspector.looks_at_paths(request.host)
-        return Lease(exact=by_path or any(_may_apply(rule, request.host) for rule in self._extracts))
+        watch = self._authz.watch(request.host)
+        judged: list[tuple[str, Call | None]] = [(request.action, call) for call in calls or (None,)]
+        judged += [(call.action, call) for call in calls if call.action in watch.actions]
+        reads: set[str] = set()
+        for action, call in judged:
+            found = self._authz.lasting(self._query(request, action, request.method, request.path, call))
+            if found is None:
+                return None
+            reads |= found
+        if not reads <= (_SHAPE | _ASK if asks else _SHAPE):
+            return None
+        by_path = asks or "path" in reads or self._inspector.looks_at_paths(request.host)
+        return Lease(exact=by_path or any(_may_apply(rule, request.host) for rule in self._extracts), asks=asks)
 
     def authorize(self, request: Request) -> Decision:
         """ALLOW, DENY or ESCALATE with the determining policies; an error of the engine is a DENY.

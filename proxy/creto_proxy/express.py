@@ -4,7 +4,8 @@ Most requests of an agent are like one it made a moment ago: same place, same me
 answer to a request holds for every request of the same shape says so with a ``Lease``. When every stage does, their
 answers are kept together as a ``Standing`` for at most ``LEASE_S``, and the compiled lane of the connection
 (``creto_hotpath.express``) charges, forwards and records the next ones without a call into Python. A stage that gives
-no lease is asked about every request, and so is everybody whose answer depends on a body, on the clock or on a person.
+no lease is asked about every request, and so is everybody whose answer depends on the clock, on a person, or on more of
+a body than what one look at it finds that it asks of a model (``Request.ask``).
 """
 
 from __future__ import annotations
@@ -14,18 +15,21 @@ from dataclasses import dataclass
 from typing import Any
 
 from creto_hotpath.admit import DecisionTable
-from creto_hotpath.express import Express, Standing
+from creto_hotpath.express import Express, Metered, Standing
+from creto_hotpath.http1 import ResponseHead
 from creto_hotpath.journal import Journal
-from creto_hotpath.relay import Exchange, Upstream
-from creto_proxy.audit import template
+from creto_hotpath.relay import Exchange, Tap, Upstream
+from creto_proxy.audit import encode_usage, template
 from creto_proxy.authorize import PATH_OVERRIDES, Policy
 from creto_proxy.deadline import Guard
-from creto_proxy.hookspecs import Authorizer, Clock, Meter
-from creto_proxy.model import Charge, Flow, Lease, Outcome, Request
+from creto_proxy.errors import StageFailed
+from creto_proxy.hookspecs import Authorizer, Clock, Edits, Meter
+from creto_proxy.meter import guarded, readable, unguarded
+from creto_proxy.model import Charge, Flow, Lease, Metering, Outcome, Request, Usage
 from creto_proxy.observe.observer import Observer
 from creto_proxy.protect import Protection
 from creto_proxy.protocols.detect import DETECTION_HEADERS, METHOD_OVERRIDES
-from creto_proxy.target import Targets
+from creto_proxy.target import Targets, sent_authority
 from creto_proxy.upstream import Upstreams
 
 # Together with ``service.REVOCATION_CHECK_S`` the second within which a revocation takes effect.
@@ -35,16 +39,19 @@ _LANES = 1024
 # Standings of all lanes together, before all are forgotten: about fifty megabytes.
 _STANDINGS = 16384
 # By their values requests are told apart; whoever has one of the others comes to the stages.
-_NAMED = (*sorted(DETECTION_HEADERS - {*METHOD_OVERRIDES}), "accept", "content-type")
+_NAMED = (*sorted(DETECTION_HEADERS - {*METHOD_OVERRIDES}), "accept", "content-encoding", "content-type")
 _BARRED = (*METHOD_OVERRIDES, *PATH_OVERRIDES)
 
 
 @dataclass(frozen=True, slots=True)
 class _Answers:
-    """What the leases of all stages amount to."""
+    """What the leases of all stages amount to. asks: they hold for bodies that ask the same of a model."""
 
     exact: bool
+    asks: bool
     charge: Charge | None
+    metering: Metering | None
+    meter: str = ""
 
 
 class Lanes:
@@ -83,6 +90,7 @@ class Lanes:
         # What came before was perhaps judged by other policies than those of this epoch.
         self._epoch, self._since_ns = table.epoch, 0
         self._open = all(lease is not None for _, lease in self._lessors)
+        upstreams.retries.elsewhere = lambda: self.taken
 
     @property
     def taken(self) -> int:
@@ -127,14 +135,19 @@ class Lanes:
         for lane in self._lanes.values():
             lane.clear()
 
-    def learn(self, request: Request, outcome: Outcome, exchange: Exchange, upstream: Upstream, host: str) -> None:
-        """Keeps what was decided about ``request``, which is about to be sent to ``upstream``.
+    def learn(
+        self, request: Request, outcome: Outcome, exchange: Exchange, upstream: Upstream, edits: Edits | None
+    ) -> None:
+        """Keeps what was decided about ``request``, which is about to be sent to ``upstream`` with ``edits``.
 
         outcome: its record so far; what is only known at the end of an exchange is filled in each time.
         """
         lane = exchange.downstream.lane
-        # Somebody read the body or a person said yes: that is about this request and no other.
-        if not isinstance(lane, Express) or request.body is not None or request.approval is not None:
+        # A person said yes, or somebody read a body that means more than what it asks of a model: that is about this
+        # request and no other.
+        if not isinstance(lane, Express) or request.approval is not None:
+            return
+        if request.body is not None and request.ask is None:
             return
         if not self._open or upstream.pool.per_key == 0:
             return
@@ -152,19 +165,25 @@ class Lanes:
         answers = self._answers(request)
         if answers is None or (answers.exact and request.path != request.sent_path):
             return
+        metering = answers.metering
+        if answers.asks != (request.body is not None):
+            return
+        if (None if edits is None else edits.headers) != (None if metering is None else metering.edits):
+            return
         route = self._targets.route(exchange.head.target) if request.flow.way == "reverse" else None
-        agents, charge = self._protection.agents, answers.charge
+        agents = self._protection.agents
+        charge = answers.charge if metering is None else metering.charge
         left_s = min(LEASE_S, request.agent.expires_at - self._clock.unix_ns() / 1e9)
         lane.learn(
             exchange.head,
             Standing(
                 stack=upstream.stack,
-                host=host,
+                host=sent_authority(request),
                 table=self._table,
                 epoch=epoch,
                 # Since it was judged: connecting may have taken long, and who asked may be nobody by now.
                 expires_ns=received_ns + int(left_s * 1e9),
-                record=template(outcome),
+                record=template(outcome, metered=metering is not None),
                 base="" if route is None else route.path,
                 strip=0 if route is None else len(route.prefix),
                 quota=None if charge is None else charge.table,
@@ -173,21 +192,56 @@ class Lanes:
                 ttl_ns=1 if charge is None else charge.ttl_ns,
                 share=None if agents is None else agents.of(request.agent.id),
                 context=outcome,
+                metered=None if metering is None else self._metered(answers.meter, metering),
             ),
             exact=answers.exact,
+            body=request.body,
+        )
+
+    def _metered(self, plugin: str, metering: Metering) -> Metered:
+        """What the lane does with a model request besides."""
+
+        def watch(exchange: Exchange, head: ResponseHead) -> Tap | None:
+            content_type = readable(head)
+            if content_type is None:
+                return None
+            try:
+                tap = self._guard.call(plugin, "meter", metering.tap, content_type)
+            except StageFailed:
+                return None  # the request has been answered and must be paid for: its usage is then unknown
+            return None if tap is None else guarded(plugin, tap, self._guard)
+
+        def settle(
+            tap: Tap | None, status: int, completed: bool, held: tuple[int, int, int]
+        ) -> tuple[tuple[int, int, int] | None, bytes]:
+            found = unguarded(tap)
+            try:
+                actual, usage = self._guard.call(plugin, "meter", metering.account, found, status, completed, held)
+            except StageFailed:
+                return None, encode_usage(Usage(certainty="unknown"))
+            return actual, encode_usage(usage)
+
+        return Metered(
+            tariff=metering.tariff, watch=watch, settle=settle, edits=metering.edits, rewrite=metering.rewrite
         )
 
     def _answers(self, request: Request) -> _Answers | None:
-        leases = [self._policy.lease(request)]
-        for plugin, lessor in self._lessors:
-            if leases[-1] is None or lessor is None:
-                return None
-            leases.append(self._guard.call(plugin, "lease", lessor, request))
-        given = [lease for lease in leases if isinstance(lease, Lease)]
-        charges = [lease.charge for lease in given if lease.charge is not None]
-        if len(given) < len(leases) or len(charges) > 1:
+        policy = self._policy.lease(request)
+        if policy is None:
             return None
-        return _Answers(any(lease.exact for lease in given), charges[0] if charges else None)
+        leases = [("policy", policy)]
+        for plugin, lessor in self._lessors:
+            lease = None if lessor is None else self._guard.call(plugin, "lease", lessor, request)
+            if not isinstance(lease, Lease):
+                return None
+            leases.append((plugin, lease))
+        charges = [lease.charge for _, lease in leases if lease.charge is not None]
+        meters = [(plugin, lease.metering) for plugin, lease in leases if lease.metering is not None]
+        if len(charges) + len(meters) > 1:
+            return None
+        exact, asks = any(lease.exact for _, lease in leases), any(lease.asks for _, lease in leases)
+        meter, metering = meters[0] if meters else ("", None)
+        return _Answers(exact, asks, charges[0] if charges else None, metering, meter)
 
     # -- what a lane leaves to us
 

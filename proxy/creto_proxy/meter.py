@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
+from creto_hotpath.http1 import ResponseHead
+from creto_hotpath.usage import UsageScanner
 from creto_proxy.deadline import Guard
 from creto_proxy.errors import StageFailed
 from creto_proxy.hookspecs import Edits, Meter, Tap
@@ -41,6 +44,30 @@ class GuardedTap:
             return None
 
 
+def guarded(plugin: str, tap: Tap, guard: Guard) -> Tap:
+    """A plugin's tap as the relay may call it. What is compiled here neither fails nor hangs and is taken as it is."""
+    return tap if type(tap) is UsageScanner else GuardedTap(plugin, tap, guard)
+
+
+def unguarded(tap: Tap | None) -> Tap | None:
+    """The tap that the plugin gave."""
+    return tap.tap if isinstance(tap, GuardedTap) else tap
+
+
+def readable(head: ResponseHead) -> str | None:
+    """The media type of an answer that a tap can look into; None for one that nobody here can."""
+    if head.status < 200:
+        return None
+    return _readable(head.get("content-type"), head.get("content-encoding"))
+
+
+@lru_cache(256)
+def _readable(content_type: str | None, encoding: str | None) -> str | None:
+    if (encoding or "identity").lower() != "identity":
+        return None  # compressed bodies pass unseen; usage is then unknown
+    return (content_type or "").partition(";")[0].strip().lower()
+
+
 class Meters:
     """The meter stage. The first meter that wants to watch a response does; usage comes from the one that did."""
 
@@ -70,13 +97,13 @@ class Meters:
             except StageFailed:
                 continue  # the request has been answered and must be paid for: nobody watches, so its usage is unknown
             if tap is not None:
-                return GuardedTap(plugin, tap, self._guard)
+                return guarded(plugin, tap, self._guard)
         return None
 
     def settle(self, request: Request, tap: Tap | None, *, status: int, completed: bool) -> Usage:
         """What the request used. A meter that fails leaves the usage unknown; its reservation then stands."""
         usage = Usage()
-        watched = tap.tap if isinstance(tap, GuardedTap) else tap
+        watched = unguarded(tap)
         for plugin, meter in self._meters:
             try:
                 found = self._guard.call(

@@ -12,12 +12,15 @@ from __future__ import annotations
 
 import enum
 import ipaddress
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
+from creto_hotpath.ask import Ask, Tariff, plain
+
 if TYPE_CHECKING:
     from creto_hotpath.quota import QuotaPath, QuotaTable
+    from creto_hotpath.relay import Tap
 
 Address: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -158,15 +161,36 @@ class Charge:
 
 
 @dataclass(frozen=True, slots=True)
+class Metering:
+    """How model requests that ask for the same are metered: what each may use, and what it did use.
+
+    charge: where that is held, None for nowhere; its amounts are those of ``tariff``. tap: for an answer with that
+    content type. account: given the tap, the status, whether the answer was completed, and what was held, says what is
+    charged and what was used. edits, rewrite: to the head, and to the body, of what is sent.
+    """
+
+    tariff: Tariff
+    tap: Callable[[str], Tap | None]
+    account: Callable[[Tap | None, int, bool, tuple[int, int, int]], tuple[tuple[int, int, int], Usage]]
+    charge: Charge | None = None
+    edits: Mapping[str, str | None] | None = None
+    rewrite: Callable[[bytes], bytes] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Lease:
     """A stage's word that its ALLOW holds, for half a second, for every request of the same shape.
 
     The shape is agent, connection, method, scheme, host, port, upgrade and the fields by which protocols are told
-    apart; the path only when ``exact``; never query, body or any other field. charge: what each of them costs.
+    apart; the path only when ``exact``; never query or any other field. asks: of the body, what ``Request.ask`` finds
+    there, which must then be the same; else the body counts for nothing. charge: what each of them costs. metering:
+    instead, how each of them is metered.
     """
 
     exact: bool = False
     charge: Charge | None = None
+    asks: bool = False
+    metering: Metering | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,6 +241,17 @@ class Request:
     resource: str = ""
     trace: str = ""
     _notes: dict[str, Any] | None = field(default=None, repr=False)
+    _asked: tuple[bytes, Ask | None] | None = field(default=None, repr=False)
+
+    @property
+    def ask(self) -> Ask | None:
+        """What the body asks of a model, when it is so plain that every parser finds the same; read at most once."""
+        body = self.body
+        if not body:
+            return None
+        if self._asked is None or self._asked[0] is not body:
+            self._asked = (body, plain(body))
+        return self._asked[1]
 
     @property
     def notes(self) -> dict[str, Any]:

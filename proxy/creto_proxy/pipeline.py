@@ -27,7 +27,7 @@ from creto_proxy.express import Lanes
 from creto_proxy.gate import Gates, HeldClient, pending
 from creto_proxy.hookspecs import Authorizer, Client, Clock, Edits, Meter, Tap
 from creto_proxy.identify import Identify
-from creto_proxy.meter import Meters
+from creto_proxy.meter import Meters, readable
 from creto_proxy.model import Decision, Outcome, Permit, Request, Usage, Verdict
 from creto_proxy.observe.observer import Nobody, Watcher
 from creto_proxy.observe.tracecontext import Forward
@@ -200,6 +200,8 @@ class Passage:
         if body is None:
             self._refuse(Permanent("The body is larger than may be inspected.", reason="body_too_large", status=413))
             return
+        if self._taken():
+            return
         self._request.body = body
         self._pipeline.protection.memory.give(self._kept - len(body))
         self._kept = len(body)
@@ -213,6 +215,23 @@ class Passage:
                 self._decide()
         except CretoError as error:
             self._refuse(error)
+
+    def _taken(self) -> bool:
+        """Whether a lane takes the request now that its body is there: from then on this knows nothing of it."""
+        lane = self._exchange.downstream.lane
+        if lane is None or self._waiting_for_body is not None or self._request.host == HOST:
+            return False
+        if self._share is not None:
+            self._share.leave()  # a lane counts for itself
+        try:
+            lane.take(self._exchange)
+        finally:
+            if taken := self._exchange.lane is not None:
+                self._pipeline.protection.memory.give(self._kept)
+                self._share, self._kept = None, 0
+            elif self._share is not None:
+                self._share.enter()
+        return taken
 
     def _collect_or(self, limit: int, proceed: Any) -> None:
         if limit and self._body_unread():
@@ -367,13 +386,13 @@ class Passage:
         self._exchange.on_response = self._answered
         self._exchange.allow_upgrade = self._request.method == "GET"
         edits = self._edits
-        fields = edits.headers if edits is not None else None
+        edited = fields = edits.headers if edits is not None else None
         if self._upgrade is not None:
             fields = self._upgrade.attach(upstream, fields)
         forward_trace = self._pipeline.forward_trace
         if forward_trace is not None and self._request.trace:
             fields = forward_trace(self._request.trace, self._request.id, fields)
-        if edits is None and fields is None and self._pipeline.lanes is not None:
+        if fields is edited and self._pipeline.lanes is not None:
             self._learn(self._pipeline.lanes, upstream)
         self._exchange.forward(
             upstream,
@@ -389,7 +408,7 @@ class Passage:
         times = {"creto_ns": 0, "held_ns": 0, "upstream_ns": 0, "total_ns": 0}
         outcome = self._pipeline.outcome(self._request, self._decision, **nothing, **times)
         try:
-            lanes.learn(self._request, outcome, self._exchange, upstream, sent_authority(self._request))
+            lanes.learn(self._request, outcome, self._exchange, upstream, self._edits)
         except CretoError:
             pass  # a stage failed to say; it is asked again next time
 
@@ -413,11 +432,9 @@ class Passage:
                 self._upgrade.answered(head)
             except CretoError as error:
                 self._refuse(error)
-        if head.status < 200:
+        content_type = readable(head)
+        if content_type is None:
             return None
-        content_type = (head.headers.get("content-type") or "").partition(";")[0].strip().lower()
-        if (head.headers.get("content-encoding") or "identity").lower() != "identity":
-            return None  # nobody here looks into compressed bodies; usage is then unknown
         self._tap = self._pipeline.meters.tap(self._request, head.status, content_type)
         return self._tap
 

@@ -127,7 +127,7 @@ def test_keys_are_16_bytes(form: Form) -> None:
 numbers = st.integers(0, 9)
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     st.lists(
         st.one_of(

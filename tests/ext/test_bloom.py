@@ -61,7 +61,7 @@ def test_keys_are_16_bytes(form: Form) -> None:
             use("sixteen letters!")
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(added=st.lists(keys, max_size=60), asked=st.lists(keys, max_size=60), capacity=st.integers(1, 40))
 def test_both_forms_say_yes_to_the_same_keys(
     both: tuple[Form, Form], added: list[bytes], asked: list[bytes], capacity: int

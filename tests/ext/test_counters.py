@@ -76,7 +76,7 @@ def test_buckets_end_at_round_numbers() -> None:
     assert {mantissa * 10**power for power in range(3, 12) for mantissa in (1, 2, 5)} <= set(ends)
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(steps=st.lists(st.tuples(st.sampled_from(["add", "set", "observe"]), st.integers(-1, 900), words), max_size=12))
 def test_both_forms_write_the_same_file(both: tuple[Form, Form], tmp_path: Path, steps: list[tuple[str, int, int]]) -> None:
     results = []

@@ -58,7 +58,10 @@ class Lab:
 
     def __init__(self, form: Form, directory: Path, limit: int, options: dict[str, Any]) -> None:
         self.form = form
-        self.journal = form("journal").Journal(str(directory), "w", flush="record")
+        directory.mkdir(exist_ok=True)
+        size = options.pop("segment_bytes", 1 << 20)
+        self.journal = form("journal").Journal(str(directory), "w", flush="record", segment_bytes=size)
+        self.padding = options.pop("padding", b"")
         self.table = form("admit").DecisionTable(64)
         self.table.epoch = 1
         self.quota = form("quota").QuotaTable(str(directory / "quota.tab"))
@@ -93,7 +96,7 @@ class Lab:
             table=self.table,
             epoch=self.table.epoch,
             expires_ns=time.monotonic_ns() + self.life_ns,
-            record=(b"\x9b", *range(express.FACTS)),
+            record=(b"\x9c" if self.padding else b"\x9b", *range(express.FACTS), *([self.padding] if self.padding else [])),
             base=self.base,
             quota=self.quota,
             path=self.path,
@@ -136,7 +139,7 @@ class Lab:
         if body:
             head.append(f"Content-Length: {len(body)}")
         self.writer.write("\r\n".join([*head, "", ""]).encode() + body)
-        answer = await asyncio.wait_for(self.reader.readuntil(b"\r\n\r\n"), 5)
+        answer = await asyncio.wait_for(self.reader.readuntil(b"\r\n\r\n"), 60)
         return answer.partition(b"\r\n")[0] + b" " + await self.reader.readexactly(2)
 
     def drop_origin(self) -> None:
@@ -402,3 +405,30 @@ async def test_standings_are_bounded(form: Form, tmp_path: Path) -> None:
         long = "/" + "x" * form("express").KEY_LIMIT
         await here.ask(long)
         assert here.learned[-1] is False
+
+
+async def test_records_are_whole_again_when_read(form: Form, tmp_path: Path) -> None:
+    """However little of them was written: targets of any length, over the ends of segments, from two lanes in turn."""
+    async with lab(form, tmp_path, segment_bytes=3000) as here, lab(form, tmp_path / "b", segment_bytes=3000) as other:
+        await here.ask()
+        await other.ask()
+        targets = ["/", "/" + "x" * 240, "/" + "y" * 300, "/" + "z" * 900, "/a", "/b" * 40, "/c"] * 6
+        for target in targets:
+            await here.ask(target)
+            await other.ask("/other")
+        assert here.lane.taken == other.lane.taken == len(targets)
+        assert [record[2] for record in here.records()] == targets
+        assert {record[2] for record in other.records()} == {"/other"}
+        assert all(record[3] == 200 and record[4] == "" and record[9] > 0 for record in here.records())
+        assert len(form("journal").files.segments(tmp_path, "w")) > 1
+
+
+async def test_a_record_takes_a_fraction_of_what_it_says(both: tuple[Form, Form], tmp_path: Path) -> None:
+    compiled, _ = both
+    async with lab(compiled, tmp_path, padding=b"\xda\x01\x00" + b"p" * 256) as here:
+        await here.ask()
+        for _ in range(50):
+            await here.ask("/b")
+        assert len(here.records()) == 50 and all(len(record) == 12 for record in here.records())
+        assert sum(path.stat().st_size for path in compiled("journal").files.segments(tmp_path, "w")) >= 50 * 60
+        assert here.journal.offset < 50 * 150, "of 330 bytes each"

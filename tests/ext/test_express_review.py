@@ -13,22 +13,10 @@ from .conftest import Form
 from .test_express import HOST, ONE, lab
 
 
-class Share:
-    def __init__(self) -> None:
-        self.count = 0
-
-    def enter(self) -> bool:
-        self.count += 1
-        return True
-
-    def leave(self) -> None:
-        self.count -= 1
-
-
 async def test_without_room_for_a_reservation_the_handler_is_asked(
     form: Form, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    share = Share()
+    share = form("express").Share(5)
     monkeypatch.setattr(form("quota"), "QuotaTable", functools.partial(form("quota").QuotaTable, reservations=1))
     monkeypatch.setattr(form("express"), "Standing", functools.partial(form("express").Standing, share=share))
     async with lab(form, tmp_path) as here:
@@ -45,7 +33,7 @@ async def test_what_was_sent_is_recorded_although_it_cannot_be_charged(form: For
         here.writer.write(b"lf")
         await here.reader.readuntil(b"ok")
         here.writer.write(f"POST /c HTTP/1.1\r\nHost: {HOST}\r\nContent-Length: 4\r\n\r\nha".encode())
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             while here.lane.taken == 0:
                 await asyncio.sleep(0.01)
         here.quota.close()

@@ -107,7 +107,7 @@ def test_the_key_is_not_shown(form: Form) -> None:
     assert "secret" not in repr(form("hash").Hasher(key))
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(key=st.binary(min_size=16, max_size=16), data=st.binary(max_size=200), parts=fields)
 def test_both_forms_hash_alike(both: tuple[Form, Form], key: bytes, data: bytes, parts: list[bytes | str]) -> None:
     one, other = (form("hash") for form in both)

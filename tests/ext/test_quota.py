@@ -634,14 +634,14 @@ def test_racing_threads_are_admitted_exactly_to_the_limit(table: Any) -> None:
     answers: list[int] = []
 
     def call() -> None:
-        start.wait(10)
+        start.wait(60)
         answers.append(table.reserve(path, (given["amount_each"],), NOW, TTL))
 
     threads = [threading.Thread(target=call) for _ in range(given["concurrent_requests"])]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(10)
+        thread.join(60)
     assert sum(answer > 0 for answer in answers) == expect["successes"]
     assert table.state(key("a"), NOW).reserved == table.state(key("wide"), NOW).reserved == expect["consumed"]
 
@@ -901,7 +901,7 @@ def words_of(file: str) -> list[int]:
     return list(words)
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(operations)
 def test_both_forms_answer_alike_and_write_the_same_words(
     both: tuple[Form, Form], played: list[tuple[Any, ...]]
@@ -1006,7 +1006,7 @@ calls = st.lists(
 )
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(st.tuples(timeless, timeless, timeless), calls)
 def test_a_table_answers_like_its_definition(
     form: Form, kinds: tuple[tuple[int, int, int, int], ...], played: list[tuple[Any, ...]]
@@ -1034,7 +1034,7 @@ def test_a_table_answers_like_its_definition(
                 assert left(table, name, player.now) == reference.left(name, player.now)
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     st.integers(1, 7),
     st.sampled_from([5, 30, 100]),

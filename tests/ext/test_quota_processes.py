@@ -76,7 +76,7 @@ def total(running: list[subprocess.Popen[str]]) -> int:
         until_ready(actor)
     for actor in running:
         go(actor)
-    said = [actor.communicate(timeout=60)[0] for actor in running]
+    said = [actor.communicate(timeout=120)[0] for actor in running]
     return sum(int(text) for text in said)
 
 
@@ -114,7 +114,7 @@ def test_processes_that_define_the_same_quotas_make_each_once(form: Form, table:
             until_ready(actor)
         for actor in running:
             go(actor)
-        assert [actor.wait(60) for actor in running] == [0, 0, 0]
+        assert [actor.wait(120) for actor in running] == [0, 0, 0]
     for number in range(40):
         assert table.state(key(f"q{number}"), NOW).limit == 1000
     for number in range(40, 48):  # 3/4 of 64: there is room for exactly eight more
@@ -124,7 +124,7 @@ def test_processes_that_define_the_same_quotas_make_each_once(form: Form, table:
 def test_a_forked_child_takes_a_seat_of_its_own(form: Form, table: Any) -> None:
     table.define(key("a"), TOTAL, 50)
     with actors(form, table) as cast:
-        said, _ = cast.start("fork_and_share", "a", "30").communicate(timeout=60)
+        said, _ = cast.start("fork_and_share", "a", "30").communicate(timeout=120)
     assert sum(int(word) for word in said.split()) == 50
     assert table.state(key("a"), NOW).reserved == 50
 
@@ -161,7 +161,7 @@ def test_what_a_killed_process_had_half_done_is_undone(form: Form, table: Any) -
     path = table.path([(key("a"), 0)])
     assert table.reserve(path, (3,), NOW, TTL) > 0
     with actors(form, table) as cast:
-        assert cast.start("die_halfway", "a").wait(60) == -9
+        assert cast.start("die_halfway", "a").wait(120) == -9
     assert table.state(key("a"), NOW).reserved == 3
     assert table.reserve(path, (7,), NOW, TTL) > 0
 
@@ -170,7 +170,7 @@ def test_what_it_had_half_done_is_undone_after_a_restart_too(form: Form, table: 
     table.define(key("a"), TOTAL, 10)
     assert table.reserve(table.path([(key("a"), 0)]), (3,), NOW, TTL) > 0
     with actors(form, table) as cast:
-        assert cast.start("die_halfway", "a").wait(60) == -9
+        assert cast.start("die_halfway", "a").wait(120) == -9
     file = table.filename
     table.close()
     with form("quota").QuotaTable(file, 64, 64) as reopened:
@@ -181,7 +181,7 @@ def test_a_new_process_does_not_sit_down_in_a_dead_owners_seat(form: Form, table
     table.define(key("a"), TOTAL, 10)
     assert table.reserve(table.path([(key("a"), 0)]), (3,), NOW, TTL) > 0
     with actors(form, table) as cast:
-        assert cast.start("die_halfway", "a").wait(60) == -9
+        assert cast.start("die_halfway", "a").wait(120) == -9
     with form("quota").QuotaTable(table.filename, 64, 64) as joined:
         assert joined.state(key("a"), NOW).reserved == 3
 
@@ -205,6 +205,6 @@ def test_an_owners_death_is_noticed_while_its_forked_child_lives(form: Form, tab
     with actors(form, table) as cast:
         parent = cast.start("die_with_a_child")
         until_ready(parent)
-        assert parent.wait(60) == -9
+        assert parent.wait(120) == -9
         assert table.reserve(path, (1,), NOW, TTL) > 0
         go(parent)  # the child, which has its parent's standard input, ends

@@ -195,7 +195,7 @@ def play(form: Callable[[str], ModuleType]) -> Callable[[Scenario], World]:
             world = World(form("relay"))
             worlds.append(world)
             try:
-                async with asyncio.timeout(8):
+                async with asyncio.timeout(60):
                     await scenario(world)
             finally:
                 await world.stop()

@@ -14,6 +14,7 @@ from urllib.parse import parse_qs, unquote
 
 import msgspec
 
+from creto_hotpath.ask import Ask
 from creto_hotpath.usage import Dialect
 from creto_proxy.bodies import AmbiguousBody, members
 from creto_proxy.model import Request
@@ -183,7 +184,8 @@ def call(endpoint: Endpoint, request: Request, body: bytes | None, wanted: Colle
     if endpoint.streams:
         attributes["stream"] = True
     if body and not _is_form(request):
-        attributes |= _parameters(body, endpoint)
+        plain = request.ask
+        attributes |= _parameters(body, endpoint) if plain is None else _asked(plain, endpoint)
     elif endpoint.operation is None and (named := parse_qs(request.query).get("model")):
         if len(set(named)) > 1:
             raise AmbiguousBody("the query names several models")
@@ -197,6 +199,13 @@ def call(endpoint: Endpoint, request: Request, body: bytes | None, wanted: Colle
 
 def _is_form(request: Request) -> bool:
     return (request.headers.get("content-type") or "").strip().lower().startswith("multipart/")
+
+
+def _asked(plain: Ask, endpoint: Endpoint) -> dict[str, Value]:
+    """What ``_parameters`` finds in a body in which one look found ``plain``."""
+    stream = True if plain.stream is None and endpoint.provider == "ollama" else plain.stream
+    said = (("model", plain.model), ("stream", stream), ("max_tokens", plain.limit), ("tools", plain.tools))
+    return {name: value for name, value in said if value is not None}
 
 
 def _parameters(body: bytes, endpoint: Endpoint) -> dict[str, Value]:

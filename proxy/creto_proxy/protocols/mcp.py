@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 from creto_proxy.model import Headers
 from creto_proxy.protocols.call import Call, Value, recorded
-from creto_proxy.protocols.jsonrpc import BATCH, MALFORMED, MISMATCH, Body, Rpc, refused
+from creto_proxy.protocols.jsonrpc import AMBIGUOUS, BATCH, MALFORMED, MISMATCH, Body, Rpc, refused
 
 VERSION, METHOD, NAME, SESSION = "mcp-protocol-version", "mcp-method", "mcp-name", "mcp-session-id"
 HEADERS = (VERSION, METHOD, NAME, SESSION)
@@ -64,6 +64,8 @@ _ABOUT: Mapping[str, tuple[str, bool]] = {
     "tasks/cancel": ("task", False),
     "tasks/update": ("task", False),
 }
+# Some servers strip names, and some end them at a NUL.
+_UNCLEAR = re.compile(r"\x00|\A\s|\s\Z")
 _REVISION = re.compile(r"\d{4}-\d\d-\d\d\Z")
 _BASE64 = re.compile(r"=\?base64\?(.*)\?=\Z")
 
@@ -76,6 +78,8 @@ def call(message: Rpc) -> Call:
     about = _about(message)
     if about is None and _ABOUT.get(method, ("", False))[1]:
         raise refused(MALFORMED, f"A {method} call must name what it is for in a string.")
+    if _UNCLEAR.search(method) or (about is not None and _UNCLEAR.search(about)):
+        raise refused(AMBIGUOUS, "A name in this call has a NUL in it, or a space before or after it.")
     attributes: list[tuple[str, Value]] = [("rpc_method", method)]
     if method == "tools/call" and about is not None:
         return Call("mcpCall", recorded("tool", about), (*attributes, ("tool", about)))

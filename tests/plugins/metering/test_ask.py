@@ -9,9 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from creto_metering.ask import BadBody, parse_ask, with_usage_included
+from creto_hotpath.ask import plain
+from creto_metering.ask import BadBody, parse_ask, plain_ask, with_usage_included
 from creto_metering.prices import Price, Rates
 from creto_metering.providers import Endpoint, Providers
+from creto_proxy.protocols import llm
 
 CHAT = Endpoint("openai", "chat", "openai")
 PRICE = Price("openai", "m", Rates.compiled({"input": 10**9, "output": 10**9}), (), 100_000, 5_000)
@@ -190,3 +192,40 @@ def test_usage_is_asked_for_and_nothing_else_changes(document: dict[str, Any], o
     edited = json.loads(with_usage_included(json.dumps({k.lower(): v for k, v in document.items()}).encode()))
     assert edited.pop("stream_options") == {**(options or {}), "include_usage": True}
     assert edited == {k.lower(): v for k, v in document.items() if k.lower() != "stream_options"}
+
+
+_words = st.sampled_from(
+    ["model", "stream", "max_tokens", "max_completion_tokens", "n", "best_of", "tools", "functions", "url", "file_id", "type",
+     "cache_control", "audio", "input_audio", "http://x", "mcp", '"audio', '"file_id', 'x"type', "Model", "speed", "a"]
+)  # fmt: skip
+_values = st.recursive(
+    st.booleans() | st.integers(0, 2000) | st.floats(allow_nan=False) | st.none() | _words | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_words, inner, max_size=4),
+    max_leaves=10,
+)
+_numbers, _flags = st.integers(0, 10**7), st.booleans()
+_said = st.fixed_dictionaries(
+    {},
+    optional={
+        "model": st.sampled_from(["", "gpt-4o"]), "stream": _flags, "stream_options": st.fixed_dictionaries({"include_usage": _flags}),
+        "max_tokens": _numbers, "max_output_tokens": _numbers, "n": _numbers, "best_of": _numbers, "tools": st.lists(_values, max_size=3),
+    },
+)  # fmt: skip
+_bodies = st.builds(
+    lambda said, more, indent: json.dumps({**more, **said}, indent=indent).encode(),
+    _said,
+    st.dictionaries(_words, _values, max_size=5),
+    st.sampled_from([None, 1]),
+)
+
+
+@pytest.mark.parametrize("operation", ["chat", "completion", "embedding", "responses"])
+@settings(deadline=None)
+@given(body=_bodies | st.builds(lambda b, i, x: b[:i] + x + b[i + 1 :], _bodies, st.integers(0, 60), st.binary(max_size=2)))
+def test_one_look_finds_what_reading_with_care_finds(operation: str, body: bytes) -> None:
+    found = plain(body)
+    endpoint = Endpoint("openai", operation, "anthropic" if len(body) % 2 else "openai", "d")
+    if found is not None:
+        assert plain_ask(endpoint, len(body), found) == parse_ask(endpoint, body)
+        core = llm.Endpoint("ollama" if len(body) % 3 else "openai", operation)
+        assert llm._asked(found, core) == llm._parameters(body, core)

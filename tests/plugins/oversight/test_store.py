@@ -276,7 +276,7 @@ VERBS = st.sampled_from(["submit", "approve", "deny", "spend", "settle", "wait",
 ACTIONS = st.lists(st.tuples(VERBS, st.integers(0, 1)), max_size=25)
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(ACTIONS)
 async def test_there_are_never_two_grants_for_one_action(
     tmp_path_factory: pytest.TempPathFactory, actions: list[tuple[str, int]]
