@@ -1,16 +1,29 @@
 # cython: language_level=3
 """HTTP/2 framing by libnghttp2: one ``Session`` per connection, either side. See ``_h2_py`` for what it promises.
 
-Built only where nghttp2's headers are. nghttp2 does framing, HPACK, flow control and the rules of RFC 9113 section 8;
-everything it finds becomes an event in a list, and response and request bodies wait here until windows allow them.
+Built only where nghttp2's headers are. nghttp2 does framing, HPACK and flow control; everything it finds becomes an event
+in a list, and response and request bodies wait here until windows allow them. The fields of requests are not judged here:
+nghttp2 would reset such a stream without a word, and nobody could tell why or that it had been.
 """
 
 from collections import deque
 
-from creto_hotpath._h2_types import SessionError
+from creto_hotpath._h2_types import SessionError, reason_of
 
 from libc.stdint cimport int32_t, uint8_t, uint32_t
 from libc.string cimport memcpy
+
+# Distributions have it in versions of one and the same number, so it is asked for when the library is loaded. A library
+# without it has no such limit, and one with it counts a frame once for each read that its head came in.
+cdef extern from *:
+    """
+    #include <nghttp2/nghttp2.h>
+    extern void nghttp2_option_set_max_continuations(nghttp2_option *option, size_t val) __attribute__((weak));
+    static void creto_leave_continuations_to_the_guard(nghttp2_option *option) {
+        if (nghttp2_option_set_max_continuations) nghttp2_option_set_max_continuations(option, 1024);
+    }
+    """
+    void creto_leave_continuations_to_the_guard(nghttp2_option *)
 
 cdef extern from "nghttp2/nghttp2.h":
     ctypedef struct nghttp2_session:
@@ -72,11 +85,12 @@ cdef extern from "nghttp2/nghttp2.h":
         nghttp2_session_callbacks *, int (*)(nghttp2_session *, int32_t, uint32_t, void *) noexcept)
     void nghttp2_session_callbacks_set_on_frame_send_callback(
         nghttp2_session_callbacks *, int (*)(nghttp2_session *, const nghttp2_frame *, void *) noexcept)
-    void nghttp2_session_callbacks_set_error_callback2(
-        nghttp2_session_callbacks *, int (*)(nghttp2_session *, int, const char *, size_t, void *) noexcept)
+    void nghttp2_session_callbacks_set_on_invalid_frame_recv_callback(
+        nghttp2_session_callbacks *, int (*)(nghttp2_session *, const nghttp2_frame *, int, void *) noexcept)
     int nghttp2_option_new(nghttp2_option **)
     void nghttp2_option_del(nghttp2_option *)
     void nghttp2_option_set_no_auto_window_update(nghttp2_option *, int)
+    void nghttp2_option_set_no_http_messaging(nghttp2_option *, int)
     void nghttp2_option_set_peer_max_concurrent_streams(nghttp2_option *, uint32_t)
     void nghttp2_option_set_max_outbound_ack(nghttp2_option *, size_t)
     int nghttp2_session_server_new2(nghttp2_session **, const nghttp2_session_callbacks *, void *, const nghttp2_option *)
@@ -102,7 +116,6 @@ cdef extern from "nghttp2/nghttp2.h":
     int nghttp2_session_consume_connection(nghttp2_session *, size_t)
     int nghttp2_session_consume_stream(nghttp2_session *, int32_t, size_t)
     uint32_t nghttp2_session_get_remote_settings(nghttp2_session *, int)
-    const char *nghttp2_strerror(int)
 
     enum:
         NGHTTP2_DATA, NGHTTP2_HEADERS, NGHTTP2_RST_STREAM, NGHTTP2_SETTINGS, NGHTTP2_GOAWAY
@@ -110,13 +123,13 @@ cdef extern from "nghttp2/nghttp2.h":
         NGHTTP2_NV_FLAG_NONE, NGHTTP2_NV_FLAG_NO_INDEX
         NGHTTP2_DATA_FLAG_EOF, NGHTTP2_DATA_FLAG_NO_END_STREAM
         NGHTTP2_ERR_DEFERRED, NGHTTP2_ERR_CALLBACK_FAILURE, NGHTTP2_ERR_TEMPORAL_CALLBACK_FAILURE
-        NGHTTP2_ERR_BAD_CLIENT_MAGIC, NGHTTP2_ERR_FLOODED
+        NGHTTP2_ERR_BAD_CLIENT_MAGIC, NGHTTP2_ERR_FLOODED, NGHTTP2_ERR_REFUSED_STREAM
         NGHTTP2_SETTINGS_HEADER_TABLE_SIZE, NGHTTP2_SETTINGS_ENABLE_PUSH
         NGHTTP2_SETTINGS_MAX_CONCURRENT_STREAMS, NGHTTP2_SETTINGS_INITIAL_WINDOW_SIZE
         NGHTTP2_SETTINGS_MAX_HEADER_LIST_SIZE
         NGHTTP2_PROTOCOL_ERROR, NGHTTP2_INTERNAL_ERROR, NGHTTP2_ENHANCE_YOUR_CALM
 
-cdef int _HEADERS = 0, _DATA = 1, _END = 2, _CLOSED = 3, _ENDED = 4, _GOAWAY = 5, _SETTINGS = 6
+cdef int _HEADERS = 0, _DATA = 1, _END = 2, _CLOSED = 3, _ENDED = 4, _GOAWAY = 5, _SETTINGS = 6, _REFUSED = 7
 # Values that must not enter the compression table, where a later guess could confirm them (RFC 7541 section 7.1.3).
 cdef frozenset _SENSITIVE = frozenset((b"authorization", b"cookie", b"proxy-authorization", b"set-cookie", b"x-api-key",
                                        b"api-key", b"x-goog-api-key"))
@@ -175,7 +188,7 @@ cdef int _on_header(nghttp2_session *session, const nghttp2_frame *frame, const 
 
 cdef int _on_invalid_header(nghttp2_session *session, const nghttp2_frame *frame, const uint8_t *name, size_t namelen,
                             const uint8_t *value, size_t valuelen, uint8_t flags, void *user) noexcept:
-    # Left to itself, nghttp2 drops such a field and lets the rest through.
+    # Of an answer: left to itself, nghttp2 drops such a field and lets the rest through.
     nghttp2_submit_rst_stream(session, NGHTTP2_FLAG_NONE, frame.hd.stream_id, NGHTTP2_PROTOCOL_ERROR)
     return NGHTTP2_ERR_TEMPORAL_CALLBACK_FAILURE
 
@@ -219,12 +232,16 @@ cdef int _on_frame_send(nghttp2_session *session, const nghttp2_frame *frame, vo
     cdef Session self = <Session>user
     if frame.hd.flags & NGHTTP2_FLAG_END_STREAM and frame.hd.type in (NGHTTP2_DATA, NGHTTP2_HEADERS):
         self.events.append((_ENDED, frame.hd.stream_id, None, 0))
+    elif frame.hd.type == NGHTTP2_GOAWAY:
+        self.parting = frame.goaway.error_code
     return 0
 
 
-cdef int _on_error(nghttp2_session *session, int code, const char *text, size_t size, void *user) noexcept:
+cdef int _on_invalid_frame(nghttp2_session *session, const nghttp2_frame *frame, int error, void *user) noexcept:
     cdef Session self = <Session>user
-    self.complaint = text[:size].decode("latin-1")
+    if error == NGHTTP2_ERR_REFUSED_STREAM and frame.hd.type == NGHTTP2_HEADERS:
+        self.streams.pop(frame.hd.stream_id, None)
+        self.events.append((_REFUSED, frame.hd.stream_id, None, 0))
     return 0
 
 
@@ -289,8 +306,7 @@ cdef class Session:
     cdef list events
     cdef Py_ssize_t header_limit
     cdef object failure
-    cdef object complaint
-    cdef bint client
+    cdef uint32_t parting
 
     def __cinit__(self, bint client, *, uint32_t max_streams=100, uint32_t stream_window=65535,
                   int32_t connection_window=1048576, uint32_t header_list=65536):
@@ -304,8 +320,7 @@ cdef class Session:
         self.events = []
         self.header_limit = 4 * <Py_ssize_t>header_list
         self.failure = None
-        self.complaint = ""
-        self.client = client
+        self.parting = NGHTTP2_PROTOCOL_ERROR
         if nghttp2_session_callbacks_new(&callbacks) or nghttp2_option_new(&option):
             raise MemoryError
         nghttp2_session_callbacks_set_on_begin_headers_callback(callbacks, _on_begin_headers)
@@ -315,12 +330,14 @@ cdef class Session:
         nghttp2_session_callbacks_set_on_data_chunk_recv_callback(callbacks, _on_data)
         nghttp2_session_callbacks_set_on_stream_close_callback(callbacks, _on_stream_close)
         nghttp2_session_callbacks_set_on_frame_send_callback(callbacks, _on_frame_send)
-        nghttp2_session_callbacks_set_error_callback2(callbacks, _on_error)
+        nghttp2_session_callbacks_set_on_invalid_frame_recv_callback(callbacks, _on_invalid_frame)
         nghttp2_option_set_no_auto_window_update(option, 1)
         nghttp2_option_set_max_outbound_ack(option, 1000)
+        creto_leave_continuations_to_the_guard(option)
         if client:
             status = nghttp2_session_client_new2(&self.session, callbacks, <void *>self, option)
         else:
+            nghttp2_option_set_no_http_messaging(option, 1)
             status = nghttp2_session_server_new2(&self.session, callbacks, <void *>self, option)
         nghttp2_session_callbacks_del(callbacks)
         nghttp2_option_del(option)
@@ -353,7 +370,7 @@ cdef class Session:
                 raise SessionError("control_frame_flood", 11)
             if taken == NGHTTP2_ERR_BAD_CLIENT_MAGIC:
                 raise SessionError("bad_preface", 1)
-            raise SessionError("nghttp2_" + nghttp2_strerror(<int>taken).decode(), 2)
+            raise SessionError("internal_error", 2)
         return self.take_events()
 
     def take_events(self):
@@ -367,10 +384,8 @@ cdef class Session:
 
     @property
     def failed(self):
-        """Why the connection is ending by an error found while framing; empty when it is not."""
-        if nghttp2_session_want_read(self.session):
-            return ""
-        return self.complaint or "protocol_error"
+        """Why the connection is ending by an error found while framing, once that was sent; empty when it is not."""
+        return "" if nghttp2_session_want_read(self.session) else reason_of(self.parting)
 
     def to_send(self, Py_ssize_t limit=65536):
         cdef const uint8_t *out = NULL

@@ -8,6 +8,7 @@ Events are tuples (kind, stream, value, code):
 HEADERS: value is a list of (name, value) as received, code 1 when the stream ends with it. DATA: value is the content.
 END: the peer ended the stream. ENDED: our end of the stream was put into ``to_send``. CLOSED: the stream is gone, code
 is the error (0: none). GOAWAY: stream is the last one that the peer handles. SETTINGS: the peer changed its settings.
+REFUSED: the peer opened more streams than it may and was told so; h2 ends such a connection instead.
 
 RFC 9113, RFC 7541. Fields are not judged here: see ``creto_proxy.h2.message``.
 """
@@ -18,7 +19,7 @@ from collections import deque
 from typing import Any
 
 from h2.config import H2Configuration
-from h2.connection import H2Connection
+from h2.connection import AllowedStreamIDs, H2Connection
 from h2.errors import ErrorCodes
 from h2.events import (
     ConnectionTerminated,
@@ -34,16 +35,26 @@ from h2.events import (
     TrailersReceived,
     WindowUpdated,
 )
-from h2.exceptions import DenialOfServiceError, H2Error, NoSuchStreamError, ProtocolError, StreamClosedError
+from h2.exceptions import (
+    DenialOfServiceError,
+    H2Error,
+    NoSuchStreamError,
+    ProtocolError,
+    StreamClosedError,
+    TooManyStreamsError,
+)
 from h2.settings import SettingCodes, Settings
+from h2.stream import H2Stream
+from hpack.exceptions import HPACKError
 from hyperframe.frame import Frame, GoAwayFrame
 
-from creto_hotpath._h2_types import CLOSED, DATA, END, ENDED, GOAWAY, HEADERS, SETTINGS, SessionError
+from creto_hotpath._h2_types import CLOSED, DATA, END, ENDED, GOAWAY, HEADERS, SETTINGS, SessionError, reason_of
 
 Pair = tuple[bytes, bytes]
 SessionEvent = tuple[int, int, Any, int]
 
 _FRAME = 16384
+_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 _HEADED = (RequestReceived, ResponseReceived, InformationalResponseReceived, TrailersReceived)
 
 
@@ -60,6 +71,21 @@ class _Connection(H2Connection):
 
     def clear_outbound_data_buffer(self) -> None:
         return None
+
+
+    def _begin_new_stream(self, stream_id: int, allowed_ids: AllowedStreamIDs) -> H2Stream:
+        stream = super()._begin_new_stream(stream_id, allowed_ids)
+        if not self.config.client_side:
+            # h2 would end the whole connection for one request whose body is not as long as it said.
+            vars(stream)["_initialize_content_length"] = lambda headers: None
+        return stream
+
+
+def _why(error: ProtocolError) -> str:
+    """The reason that nghttp2 would give. (It refuses only the one stream that is too many; h2 cannot.)"""
+    if isinstance(error, TooManyStreamsError):
+        return "too_many_streams"
+    return "compression_error" if isinstance(error.__cause__, HPACKError) else reason_of(int(error.error_code))
 
 
 class _Stream:
@@ -116,6 +142,7 @@ class Session:
         self._events: list[SessionEvent] = []
         self._terminated = False
         self._failed = ""
+        self._preface = b"" if client else _PREFACE
         self._h2.initiate_connection()
         if connection_window > 65535:
             self._h2.increment_flow_control_window(connection_window - 65535)
@@ -126,6 +153,10 @@ class Session:
         """What came of ``data``. Raises SessionError."""
         if self._terminated:
             return self.take_events()
+        greeting = data[: len(self._preface)]
+        if not self._preface.startswith(greeting):
+            raise SessionError("bad_preface")
+        self._preface = self._preface[len(greeting) :]
         try:
             for event in self._h2.receive_data(data):
                 self._note(event)
@@ -134,7 +165,7 @@ class Session:
             raise SessionError("header_list_too_large", int(error.error_code)) from error
         except ProtocolError as error:
             self._terminated = True
-            self._failed = str(error) or type(error).__name__
+            self._failed = _why(error)
         return self.take_events()
 
     def _note(self, event: Event) -> None:

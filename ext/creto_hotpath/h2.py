@@ -10,7 +10,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from creto_hotpath._h2_types import CLOSED, DATA, END, ENDED, GOAWAY, HEADERS, SETTINGS, SessionError
+from creto_hotpath._h2_types import CLOSED, DATA, END, ENDED, GOAWAY, HEADERS, REFUSED, SETTINGS, SessionError
 from creto_hotpath._select import PACKAGE, extensions_wanted
 
 framing = "nghttp2" if extensions_wanted() and find_spec(f"{PACKAGE}._h2_c") is not None else "h2"
@@ -27,6 +27,7 @@ __all__ = [
     "ENDED",
     "GOAWAY",
     "HEADERS",
+    "REFUSED",
     "SETTINGS",
     "Session",
     "SessionError",

@@ -26,9 +26,10 @@ from creto_proxy.h2.agents import Bounds
 from creto_proxy.jail.network import original_destination
 from creto_proxy.model import Address, Agent, Decision, Flow, Request, Usage, Verdict, Way
 from creto_proxy.pipeline import Pipeline
+from creto_proxy.protect import Seat
 from creto_proxy.refusal import render
 from creto_proxy.sniff import peek, reset
-from creto_proxy.sockets import Turned, duplicate, room
+from creto_proxy.sockets import Turned, accept_tls, duplicate, room
 from creto_proxy.target import Targets
 from creto_proxy.tls import BadHello, CertificateAuthority, Hello
 from creto_proxy.tunnels import Tunnels, bare_request
@@ -39,6 +40,8 @@ _METHOD_BYTES = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz
 
 # Connections that may wait to be accepted; the kernel's net.core.somaxconn bounds it further.
 BACKLOG = 4096
+# How long an agent may take for its TLS handshake.
+_HANDSHAKE_S = 10.0
 # What was cut off at the end is closed, and so recorded, within a few turns of the loop.
 _RECORDING_S = 1.0
 
@@ -200,12 +203,10 @@ class Gateway:
         self, sock: socket.socket, flow: Flow, agent: Agent, context: ssl.SSLContext | None = None
     ) -> None:
         """Speaks HTTP on that socket from now on, under TLS with ``context``. Raises OSError when TLS fails."""
-        loop = asyncio.get_running_loop()
-        timeout_s = None if context is None else 10.0
         if self._http2 is not None:
             entry = self._http2.entry(flow, agent)
             try:
-                await loop.connect_accepted_socket(lambda: entry, sock, ssl=context, ssl_handshake_timeout=timeout_s)
+                await _attach(entry, sock, context)
             except BaseException:
                 self._http2.never_connected(entry)
                 raise
@@ -213,7 +214,7 @@ class Gateway:
         conversation = Conversation(self, flow, agent)
         protocol = self._open[conversation] = self._downstream(conversation, flow)
         try:
-            await loop.connect_accepted_socket(lambda: protocol, sock, ssl=context, ssl_handshake_timeout=timeout_s)
+            await _attach(protocol, sock, context)
         except BaseException:
             self.closed(conversation)  # a protocol that was never connected is not told that it was lost
             raise
@@ -251,21 +252,21 @@ class Gateway:
             conversation.seated(agents.of(agent.id))
         return protocol
 
-    def converse_in_stream(self, flow: Flow, agent: Agent | None, grpc: bool) -> Downstream:
-        """The protocol of one HTTP/2 stream, which the relay takes for a connection."""
-        conversation = StreamConversation(self, flow, agent, grpc)
+    def converse_in_stream(self, flow: Flow, agent: Agent | None, grpc: bool, seat: Seat) -> Downstream:
+        """The protocol of one HTTP/2 stream, which the relay takes for a connection. seat: that of the connection."""
+        conversation = StreamConversation(self, flow, agent, grpc, seat)
         limits = self._grpc_limits if grpc else self._limits
         protocol = self._open[conversation] = self._downstream(conversation, flow, limits)
         return protocol
 
-    def count_connection(self, agent: Agent | None) -> Callable[[], None]:
-        """Counts an HTTP/2 connection as one of its agent's; what comes back takes that back."""
+    def seat(self, agent: Agent | None) -> Seat:
+        """The place of an HTTP/2 connection among its agent's; taken already where that was counted before it spoke."""
         agents = self.pipeline.protection.agents
-        if agent is None or agents is None:
-            return lambda: None
-        share = agents.of(agent.id)
-        share.connections += 1
-        return share.disconnect
+        seat = Seat()
+        if agent is not None and agents is not None:
+            seat.share = agents.of(agent.id)
+            seat.share.connections += 1
+        return seat
 
     def _downstream(self, conversation: Conversation, flow: Flow, limits: Limits | None = None) -> Downstream:
         lanes = self.pipeline.lanes
@@ -448,6 +449,13 @@ class Gateway:
     def _recording(self) -> bool:
         """Whether something is open that leaves a record when it closes."""
         return bool(self._tunnels) or any(each.exchange is not None for each in self._open.values())
+
+
+async def _attach(protocol: asyncio.BaseProtocol, sock: socket.socket, context: ssl.SSLContext | None) -> None:
+    if context is None:
+        await asyncio.get_running_loop().connect_accepted_socket(lambda: protocol, sock)
+    else:
+        await accept_tls(protocol, sock, context, _HANDSHAKE_S)
 
 
 def _hint(name: str, decision: Decision) -> str:

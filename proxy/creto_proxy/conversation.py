@@ -10,7 +10,7 @@ from creto_proxy.errors import CretoError, Permanent
 from creto_proxy.identify import proxy_credentials
 from creto_proxy.model import Agent, Flow
 from creto_proxy.pipeline import Passage
-from creto_proxy.protect import InFlight
+from creto_proxy.protect import InFlight, Seat
 from creto_proxy.refusal import render
 from creto_proxy.sockets import raw_response
 
@@ -49,7 +49,11 @@ class Conversation:
 
     def _agent_of(self, exchange: Exchange) -> Agent:
         if self._flow.way == "explicit" and not self._flow.bound_names:
-            self._flow.credentials = proxy_credentials(exchange.head.headers.get("proxy-authorization"))
+            given = exchange.head.headers.getall("proxy-authorization")
+            if len(given) > 1:
+                detail = "Proxy-Authorization is there more than once."
+                raise Permanent(detail, reason="duplicate_identity", status=400)
+            self._flow.credentials = proxy_credentials(given[0] if given else None)
         agent = self._gateway.pipeline.identify(self._flow)
         if agent is None:  # the one it was is kept: its refusals are on record, too
             status = 407 if self._flow.way == "explicit" and not self._flow.bound_names else 403
@@ -80,6 +84,8 @@ class Conversation:
     def on_body(self, exchange: Exchange, body: bytes | None) -> None:
         if self._passage is not None:
             self._passage.body(body)
+            if exchange.lane is not None:
+                self._passage = None
 
     def on_stale(self, exchange: Exchange) -> None:
         if self._passage is not None:
@@ -116,17 +122,21 @@ class Conversation:
 
 
 class StreamConversation(Conversation):
-    """One stream of an HTTP/2 connection, with its one request. The connection has been counted, the stream is not."""
+    """One stream of an HTTP/2 connection, with its one request. The connection is counted, once, the stream is not."""
 
-    __slots__ = ("_grpc",)
+    __slots__ = ("_grpc", "_seat")
 
-    def __init__(self, gateway: Gateway, flow: Flow, agent: Agent | None, grpc: bool) -> None:
+    def __init__(self, gateway: Gateway, flow: Flow, agent: Agent | None, grpc: bool, seat: Seat) -> None:
         super().__init__(gateway, flow, agent)
         self._grpc = grpc
+        self._seat = seat
 
     def _take_place(self, agent: Agent) -> None:
         agents = self._gateway.pipeline.protection.agents
-        self._share = agents.of(agent.id) if agents is not None else None
+        if agents is not None:
+            share = agents.of(agent.id)
+            self._seat.take(share)
+            self._share = share
 
     def give_place(self) -> None:
         self._share = None

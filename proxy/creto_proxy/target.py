@@ -49,7 +49,7 @@ class ReverseRoute:
         url = urlsplit(base)
         if url.scheme not in ("http", "https") or not url.hostname or url.username or url.query or url.fragment:
             raise ValueError(f"{base!r} is not an http(s) URL without credentials, query or fragment")
-        port = url.port or (443 if url.scheme == "https" else 80)
+        port = url.port or _default_port(url.scheme)
         return cls(f"/{name.strip('/')}", url.scheme, url.hostname.lower(), port, url.path.rstrip("/"))
 
 
@@ -85,12 +85,11 @@ class Targets:
         """A request sent to the origin as far as the agent knows: transparent, or inside an intercepted CONNECT."""
         if head.method == "CONNECT":
             raise _denied("connect_in_transparent", "CONNECT is for proxies; nested proxies are not allowed here.")
-        if not head.target.startswith("/") and head.target != "*":
-            raise Permanent("The request target must be a path here.", reason="bad_target", status=400)
-        host, port = _authority(head)
         scheme = "https" if flow.tls else "http"
+        target = _origin_target(head, scheme)
+        host, port = _authority(head)
         if host == CONTROL_HOST and CONTROL_HOST in flow.bound_names and not flow.tls:
-            return _make(head, flow, agent, received_ns, scheme, host, 80, head.target)
+            return _make(head, flow, agent, received_ns, scheme, host, 80, target)
         if port is not None and flow.port and port != flow.port:
             raise _denied("port_mismatch", f"The Host field says port {port}, the connection is to {flow.port}.", 421)
         if flow.tls and host != flow.sni:
@@ -107,7 +106,7 @@ class Targets:
                 "ip_not_resolved_for_name",
                 f"The address dialled was not answered for {host} on this link; ask DNS for that name and use it.",
             )
-        return _make(head, flow, agent, received_ns, scheme, host, flow.port or port or 80, head.target)
+        return _make(head, flow, agent, received_ns, scheme, host, flow.port or port or 80, target)
 
     def _explicit(self, head: RequestHead, flow: Flow, agent: Agent, received_ns: int) -> Request:
         if head.method == "CONNECT":
@@ -125,14 +124,14 @@ class Targets:
             raise Permanent(f"The scheme {scheme[:16]!r} is not proxied.", reason="bad_scheme", status=400)
         authority, path = _cut_authority(rest)
         host, port = _split(authority)
-        return _make(
-            head, flow, agent, received_ns, scheme, host, port or (443 if scheme == "https" else 80), path or "/"
-        )
+        path = path or ("*" if head.method == "OPTIONS" else "/")  # RFC 9112 section 3.2.4
+        return _make(head, flow, agent, received_ns, scheme, host, port or _default_port(scheme), path)
 
     def _reverse(self, head: RequestHead, flow: Flow, agent: Agent, received_ns: int) -> Request:
-        route = self.route(head.target)
+        asked = _origin_target(head, "http")
+        route = self.route(asked)
         if route is not None:
-            rest = head.target[len(route.prefix) :]
+            rest = asked[len(route.prefix) :]
             target = route.path + (rest if rest.startswith("/") or not rest else "/" + rest)
             return _make(head, flow, agent, received_ns, route.scheme, route.host, route.port, target or "/")
         known = ", ".join(r.prefix for r in self._routes) or "none"
@@ -177,6 +176,27 @@ def _make(
     )
 
 
+def _origin_target(head: RequestHead, scheme: str) -> str:
+    """The target as an origin server is asked for it. Those have to take absolute-form as well (RFC 9112 section
+    3.2.2); here only where it says what the connection and the Host field say. Raises Permanent (400)."""
+    if head.form != "absolute":
+        return head.target
+    field = head.headers.get("host")
+    named = _with_port(_cut_authority(head.target.partition("://")[2])[0], scheme)
+    if head.scheme != scheme or (field is not None and _with_port(field, scheme) != named):
+        raise Permanent("The request target and the Host field do not agree.", reason="target_mismatch", status=400)
+    return head.origin_target
+
+
+def _with_port(authority: str, scheme: str) -> tuple[str, int]:
+    host, port = _split(authority)
+    return host, port or _default_port(scheme)
+
+
+def _default_port(scheme: str) -> int:
+    return 443 if scheme == "https" else 80
+
+
 def _authority(head: RequestHead) -> tuple[str, int | None]:
     field = head.headers.get("host")
     if not field:
@@ -211,5 +231,4 @@ def sent_target(request: Request) -> str:
 def sent_authority(request: Request) -> str:
     """The Host field that goes to the upstream."""
     host = f"[{request.host}]" if ":" in request.host else request.host
-    default = 443 if request.scheme == "https" else 80
-    return host if request.port == default else f"{host}:{request.port}"
+    return host if request.port == _default_port(request.scheme) else f"{host}:{request.port}"

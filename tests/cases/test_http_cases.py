@@ -29,7 +29,7 @@ from creto_proxy.tls import CertificateAuthority
 Case = dict[str, Any]
 FOLDER = Path(os.environ.get("CRETO_CASES_DIR") or Path(__file__).resolve().parent)
 # How long nothing may happen before an open connection counts as quiet, and the most a case may take.
-QUIET_S, PATIENCE_S = 0.03, 3.0
+QUIET_S, QUIET_TURNS, PATIENCE_S = 0.03, 10, 30.0
 
 
 def load_cases() -> list[Any]:
@@ -282,6 +282,14 @@ class Agent:
             return False
         return True
 
+    async def quiet(self) -> bool:
+        """Whether nothing arrives for a moment, in many short waits: everything here shares one event loop, and one long
+        wait could be over before the others have had a turn."""
+        for _ in range(QUIET_TURNS):
+            if await self.news(QUIET_S / QUIET_TURNS):
+                return False
+        return True
+
     def responses(self) -> list[Message]:
         found: list[Message] = []
         rest = self.received
@@ -306,8 +314,9 @@ class Agent:
         loop = asyncio.get_running_loop()
         end = loop.time() + PATIENCE_S
         while not self.closed and loop.time() < end:
-            if not await self.news(QUIET_S) and self.settled():
+            if self.settled() and await self.quiet():
                 return
+            await self.news(QUIET_S)
 
     async def has(self, data: bytes) -> None:
         while data not in self.received and not self.closed:

@@ -12,6 +12,8 @@ from typing import cast
 
 from creto_proxy.settings import Endpoint
 
+from ..ports import free_port
+
 A, CNAME, AAAA = 1, 5, 28
 
 
@@ -129,8 +131,8 @@ async def name_server(zone: Zone | None = None) -> AsyncIterator[Upstream]:
         await writer.drain()
         writer.close()
 
-    server = await asyncio.start_server(stream, "127.0.0.1", 0)
-    port = server.sockets[0].getsockname()[1]
+    port = free_port()  # free for datagrams too
+    server = await asyncio.start_server(stream, "127.0.0.1", port)
     transport, _ = await loop.create_datagram_endpoint(lambda: _Udp(upstream), local_addr=("127.0.0.1", port))
     upstream.endpoint = Endpoint(ipaddress.IPv4Address("127.0.0.1"), port)
     try:

@@ -39,6 +39,7 @@ from creto_proxy.identify import Identify, Links
 from creto_proxy.meter import Meters
 from creto_proxy.model import Outcome
 from creto_proxy.pipeline import Pipeline
+from creto_proxy.protect import Protection
 from creto_proxy.settings import Endpoint
 from creto_proxy.target import ReverseRoute, Targets
 from creto_proxy.testing import make_agent
@@ -73,7 +74,7 @@ class Lab:
     failures: list[dict[str, Any]] = field(default_factory=list)
     seen: list[bytes] = field(default_factory=list)
 
-    def on_loop(self, work: Coroutine[Any, Any, T], patience_s: float = 30.0) -> T:
+    def on_loop(self, work: Coroutine[Any, Any, T], patience_s: float = 90.0) -> T:
         """What ``work`` returns, run beside the gateway."""
         return asyncio.run_coroutine_threadsafe(work, self.loop).result(patience_s)
 
@@ -87,7 +88,7 @@ class Lab:
     def recorded(self, count: int = 1) -> list[Outcome]:
         """The journal, once it holds ``count`` outcomes."""
         waiting = threading.Event()
-        for _ in range(1000):
+        for _ in range(6000):
             if len(found := self.journal()) >= count:
                 return found
             waiting.wait(0.01)
@@ -154,6 +155,7 @@ def h2_lab(
             tasks=set(),
             run="w",
             held_body_bytes=parts.get("held_body_bytes", 100_000),
+            protection=parts.get("protection", Protection()),
         )
         scheme = parts.get("scheme", "http")
         gateway = Gateway(
@@ -198,7 +200,7 @@ def h2_lab(
 
         asyncio.run_coroutine_threadsafe(stop(), loop).result(20)
         loop.call_soon_threadsafe(loop.stop)
-        thread.join(10)
+        thread.join(60)
         journal.close()
     assert lab.failures == [], lab.failures
 

@@ -51,7 +51,7 @@ class Wire:
     """One connection. window: what the peer may send on each stream; greet: send preface and SETTINGS."""
 
     def __init__(self, port: int, *, tls: ssl.SSLContext | None = None, window: int | None = None, greet: bool = True) -> None:
-        sock = socket.create_connection(("127.0.0.1", port), timeout=20)
+        sock = socket.create_connection(("127.0.0.1", port), timeout=60)
         self.sock: socket.socket = sock if tls is None else tls.wrap_socket(sock, server_hostname="localhost")
         self.encoder = Encoder()
         self.decoder = Decoder()

@@ -114,7 +114,7 @@ class Lab:
         """(report, standard output, standard error) of the agent and its sidecar."""
         command, report, environment = self.command(argv, **order)
         done = subprocess.run(
-            command, env=environment, cwd=self.home, input=stdin, capture_output=True, timeout=60, **_identity(self.uid)
+            command, env=environment, cwd=self.home, input=stdin, capture_output=True, timeout=120, **_identity(self.uid)
         )
         assert report.exists(), done.stderr.decode()
         return json.loads(report.read_text()), done.stdout.decode(), done.stderr.decode()

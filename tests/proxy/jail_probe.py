@@ -107,7 +107,7 @@ def delete_link() -> str:
 
 
 def tcp(host: str, port: int) -> Any:
-    with socket.create_connection((host, port), timeout=5) as connection:
+    with socket.create_connection((host, port), timeout=30) as connection:
         return json.loads(connection.makefile().readline())
 
 

@@ -114,7 +114,7 @@ class Lab:
         reader, writer = await self.connect()
         try:
             writer.write(raw)
-            return await asyncio.wait_for(answer_of(reader), 30)
+            return await asyncio.wait_for(answer_of(reader), 60)
         finally:
             writer.close()
             try:
@@ -136,7 +136,7 @@ def post(port: int, host: str, framing: str, body: bytes = b"") -> bytes:
 @asynccontextmanager
 async def lab(tmp_path: Path, **parts: Any) -> AsyncIterator[Lab]:
     """parts: health, dialling, budget, protection, limits, resolver, gate, authorizers, held_body_bytes."""
-    guard = Guard(0.5)
+    guard = Guard(5.0)
     links = Links()
     links.attach("lab", lambda: make_agent("a"))
     journal = Journal(str(tmp_path), "w", flush="record")
@@ -242,15 +242,8 @@ async def server(
         await listening.wait_closed()
 
 
-def closed_port() -> int:
-    """A port of loopback where nothing listens."""
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        port: int = sock.getsockname()[1]
-        return port
-
-
 async def until(condition: Callable[[], bool]) -> None:
-    """Waits, at most ten seconds, for ``condition``."""
-    async with asyncio.timeout(10):
+    """Waits, at most a minute, for ``condition``."""
+    async with asyncio.timeout(60):
         while not condition():
             await asyncio.sleep(0.005)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
-import socket
 import struct
 
 import pytest
@@ -14,6 +13,7 @@ from creto_proxy.dns.resolver import ResolutionFailed, Resolver, families, syste
 from creto_proxy.settings import Endpoint
 from creto_proxy.testing import FakeClock
 
+from ..ports import free_port
 from .dns_lab import CNAME, Upstream, name_server
 
 V4, V6 = "93.184.216.34", "2606:4700::1"
@@ -110,9 +110,7 @@ async def test_name_that_does_not_exist_and_name_without_address_are_told_apart(
 async def test_dead_and_failing_servers_are_passed_over() -> None:
     async with name_server() as failing, name_server(ZONE) as good:
         failing.rcode = 2
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as closed:
-            closed.bind(("127.0.0.1", 0))
-            dead = Endpoint(ipaddress.IPv4Address("127.0.0.1"), closed.getsockname()[1])
+        dead = Endpoint(ipaddress.IPv4Address("127.0.0.1"), free_port())
         found = await resolver(dead, failing, good).lookup("a.test", A)
         assert [str(a) for a in found.addresses] == [V4]
 

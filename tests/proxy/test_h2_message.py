@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from creto_hotpath.http1 import BadMessage, read_request, read_response
 from creto_proxy.h2.message import (
     Malformed,
+    NotServed,
     Pair,
     RequestFields,
     TooLarge,
@@ -52,7 +53,7 @@ MALFORMED: dict[str, list[Pair]] = {
     "two hosts": request((b"host", b"a.test"), (b"host", b"a.test")),
     "pseudo after field": [GET[0], GET[1], (b"a", b"b"), GET[2], GET[3]],
     "pseudo twice": [*GET, (b":path", b"/")],
-    "unknown pseudo": [*GET, (b":protocol", b"websocket")],
+    "unknown pseudo": [*GET, (b":proto", b"websocket")],
     "status in request": [*GET, (b":status", b"200")],
     "no method": GET[1:],
     "no path": GET[:3],
@@ -80,6 +81,11 @@ MALFORMED: dict[str, list[Pair]] = {
 def test_malformed(case: str) -> None:
     with pytest.raises(Malformed):
         RequestFields(MALFORMED[case])
+
+
+def test_extended_connect_is_not_served() -> None:
+    with pytest.raises(NotServed):
+        RequestFields([(b":method", b"CONNECT"), *GET[1:], (b":protocol", b"websocket")])
 
 
 def test_a_header_bomb_is_too_large() -> None:

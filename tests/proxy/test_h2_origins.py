@@ -21,6 +21,7 @@ from h2.connection import ConnectionState
 
 from creto_proxy.model import Decision, Verdict
 
+from ..ports import free_port
 from .h2_lab import HOSTS, Lab, framed_by, h2_lab, http1_origin, tls_client
 from .h2_wire import Wire
 from .test_pipeline import Hosts
@@ -33,10 +34,12 @@ from standins import certificates
 class Service(grpc.GenericRpcHandler):  # type: ignore[misc]
     def __init__(self) -> None:
         self.peers: set[str] = set()
+        self.metadata: list[dict[str, Any]] = []
 
     def service(self, details: Any) -> Any:
         def echo(message: bytes, context: Any) -> bytes:
             self.peers.add(context.peer())
+            self.metadata.append(dict(context.invocation_metadata()))
             return message
 
         return grpc.unary_unary_rpc_method_handler(echo)
@@ -63,7 +66,7 @@ def call(lab: Lab, host: str = "good.test") -> tuple[grpc.StatusCode, dict[str, 
     options = [("grpc.http_proxy", lab.proxy)]
     with grpc.insecure_channel(f"{host}:80", options) as channel:
         try:
-            channel.unary_unary("/t.S/Echo")(b"abc", timeout=10)
+            channel.unary_unary("/t.S/Echo")(b"abc", timeout=60)
         except grpc.RpcError as error:
             return error.code(), dict(error.trailing_metadata())
     return grpc.StatusCode.OK, {}
@@ -74,10 +77,19 @@ def test_many_calls_share_one_connection(tmp_path: Path, server: tuple[int, Serv
     port, service = server
     with h2_lab(tmp_path, port) as lab, grpc.insecure_channel("good.test:80", [("grpc.http_proxy", lab.proxy)]) as channel:
         echo = channel.unary_unary("/t.S/Echo")
-        calls = [echo.future(b"%d" % number, timeout=20) for number in range(40)]
+        calls = [echo.future(b"%d" % number, timeout=60) for number in range(40)]
         assert [each.result() for each in calls] == [b"%d" % number for number in range(40)]
         assert len(lab.recorded(40)) == 40
     assert len(service.peers) == 1
+
+
+@pytest.mark.usefixtures("framing")
+def test_via_says_that_both_sides_speak_http2(tmp_path: Path, server: tuple[int, Service]) -> None:
+    port, service = server
+    with h2_lab(tmp_path, port) as lab, grpc.insecure_channel("good.test:80", [("grpc.http_proxy", lab.proxy)]) as channel:
+        _, told = channel.unary_unary("/t.S/Echo").with_call(b"abc", timeout=60)
+        assert dict(told.initial_metadata())["via"] == "2.0 creto"
+    assert service.metadata[0]["via"] == "2.0 creto"
 
 
 @pytest.mark.parametrize(
@@ -123,8 +135,7 @@ def test_a_held_call_is_a_failed_precondition_and_an_unreachable_upstream_unavai
 @pytest.mark.skipif(shutil.which("nghttpd", path="/usr/sbin:/usr/bin") is None, reason="nghttpd is not installed (nghttp2-server)")
 def test_prior_knowledge_for_an_http1_agent(tmp_path: Path) -> None:
     (tmp_path / "page").write_bytes(b"x" * 300_000)
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     nghttpd = shutil.which("nghttpd", path="/usr/sbin:/usr/bin")
     with subprocess.Popen([str(nghttpd), "--no-tls", "-a", "127.0.0.1", "-d", str(tmp_path), str(port)]) as process:
         try:

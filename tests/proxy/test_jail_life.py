@@ -18,7 +18,7 @@ import pytest
 
 from .jail_lab import Lab, lab, users
 
-DEADLINE_S = 30
+DEADLINE_S = 90
 
 
 @pytest.fixture(scope="module", params=list(users()))

@@ -87,6 +87,9 @@ def test_a_method_override_does_not_hide_a_tool(tmp_path: Path) -> None:
         b'{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":["delete_repo"]}}',
         b'{"jsonrpc":"2.0","id":1,"method":"tools/call"}',
         b'{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"\\ud800"}}',
+        b'{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"delete_repo "}}',
+        b'{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"delete_repo\\u0000"}}',
+        b'{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"\\u00a0delete_repo"}}',
         b'{"jsonrpc":"1.0","id":1,"method":"tools/call","params":{"name":"search"}}',
         b'{"jsonrpc":"2.0","id":{},"method":"tools/call","params":{"name":"search"}}',
         b'{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"search"},"result":{}}',
@@ -214,7 +217,7 @@ def test_nothing_is_kept_where_no_policy_asks(tmp_path: Path) -> None:
         (rpc("tasks/cancel", {"taskId": "t"}), "mcpWrite", "mcp:tasks/cancel a2a:tasks/cancel"),
         (rpc("logging/setLevel", {"level": "debug"}), "mcpWrite", "mcp:logging/setLevel"),
         ({"jsonrpc": "2.0", "id": 4, "result": {"action": "accept"}}, "mcpWrite", "mcp:answer"),
-        (tool_call("a\x1b[31m\n"), "mcpCall", "tool:a\ufffd[31m\ufffd"),
+        (tool_call("a\x1b[31m\nb"), "mcpCall", "tool:a\ufffd[31m\ufffdb"),
         (tool_call("n" * 200), "mcpCall", "tool:" + "n" * 128 + "…"),
     ],
 )

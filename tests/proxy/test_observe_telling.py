@@ -20,6 +20,7 @@ from creto_hotpath.counters import Counters
 from creto_hotpath.journal import Journal
 from creto_proxy.audit import encode
 from creto_proxy.model import Outcome, Usage
+from creto_proxy.observe import otlp
 from creto_proxy.observe.access_log import AccessLog, line_of
 from creto_proxy.observe.consumer import Followed, Tell, lag_gauges
 from creto_proxy.observe.observer import Observer
@@ -378,13 +379,16 @@ class TestOtlp:
         assert {each.key: each.value.string_value for each in resource.resource.attributes}["service.name"] == "creto"
         assert resource.scope_spans[0].schema_url == "https://opentelemetry.io/schemas/1.40.0"
 
-    async def test_a_collector_that_refuses_or_is_away_costs_spans_and_nothing_else(self, collector: Any) -> None:
+    async def test_a_collector_that_refuses_or_is_away_costs_spans_and_nothing_else(
+        self, collector: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(otlp, "FLUSH_S", 60.0)
         counts: dict[str, int] = {}
         collector.status = 400
         traces = Traces(collector.url, ratio=1.0, count=lambda result, n: counts.update({result: counts.get(result, 0) + n}))
         traces.write([outcome()])
         await collector.got.wait()
-        traces.write([outcome() for _ in range(QUEUE + 10)])
+        traces.write([outcome() for _ in range(2 * QUEUE)])
         await asyncio.to_thread(traces.close)
-        assert sum(counts.values()) == QUEUE + 11
+        assert sum(counts.values()) == 2 * QUEUE + 1
         assert counts["failed"] >= 1 and counts.get("exported", 0) == 0 and counts["dropped"] >= 1

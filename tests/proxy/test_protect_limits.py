@@ -247,14 +247,14 @@ async def test_a_held_request_is_answered_while_others_are_turned_away(tmp_path:
 
 
 async def test_a_loop_that_is_kept_busy_sheds_and_recovers_by_itself() -> None:
-    load = Load(0.02)
+    load = Load(0.1)
     load.start()
     try:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(90):
             while not load.shedding:
-                time.sleep(0.05)  # what a loop is kept busy by
+                time.sleep(0.15)  # what a loop is kept busy by
                 await asyncio.sleep(0)
-            assert load.lag_s > 0.02
+            assert load.lag_s > 0.1
             while load.shedding:
                 await asyncio.sleep(0.01)
     finally:

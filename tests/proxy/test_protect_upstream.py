@@ -24,8 +24,10 @@ from creto_proxy.testing import make_flow, make_request
 from creto_proxy.tls import CertificateAuthority
 from creto_proxy.upstream import Dialling
 
-from .protect_lab import OK, Moved, Names, closed_port, lab, post, server, until
+from ..ports import free_port
+from .protect_lab import OK, Moved, Names, lab, post, server, until
 from .test_egress_stage import Names as Guarding
+from .test_express_lane import creto as express
 from .test_pipeline import Person, approve
 
 UNAVAILABLE = b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n"
@@ -62,7 +64,7 @@ async def test_an_open_breaker_refuses_at_once_without_dialling_until_one_try_su
 async def test_of_many_requests_one_tries_and_its_success_lets_all_through(tmp_path: Path) -> None:
     clock = Moved()
     async with lab(tmp_path, health=health(clock)) as here:
-        port = closed_port()
+        port = free_port()
         for _ in range(3):
             assert (await here.get(port)).status == 502
         async with server(held=True, port=port) as back:
@@ -81,7 +83,7 @@ async def test_of_many_requests_one_tries_and_its_success_lets_all_through(tmp_p
 async def test_a_try_whose_agent_leaves_lets_the_next_try_after_another_pause(tmp_path: Path) -> None:
     clock = Moved()
     async with lab(tmp_path, health=health(clock)) as here:
-        port = closed_port()
+        port = free_port()
         for _ in range(3):
             await here.get(port)
         async with server(held=True, port=port) as back:
@@ -158,7 +160,7 @@ async def test_an_address_that_does_not_answer_costs_a_moment_not_the_request(tm
 async def test_with_every_address_dead_the_answer_is_502_and_then_503(tmp_path: Path) -> None:
     names = Names(two_test=["127.0.0.2", "127.0.0.1"])
     async with lab(tmp_path, resolver=names, health=health(Moved())) as here:
-        port = closed_port()
+        port = free_port()
         answers = [await here.get(port, "two.test") for _ in range(4)]
         assert [answer.status for answer in answers] == [502, 502, 502, 503]
         assert answers[-1].reason == "upstream_unavailable"
@@ -193,7 +195,7 @@ async def test_a_certificate_that_does_not_verify_is_tried_elsewhere_and_named_w
 
 async def test_a_server_that_starts_again_within_a_moment_is_not_noticed(tmp_path: Path) -> None:
     async with lab(tmp_path, dialling=Dialling(30.0, 30.0, retries=1)) as here:
-        port = closed_port()
+        port = free_port()
         asking = asyncio.create_task(here.get(port))
         await until(lambda: bool(here.pipeline.upstreams.health.bad))
         async with server(port=port):
@@ -204,7 +206,7 @@ async def test_a_server_that_starts_again_within_a_moment_is_not_noticed(tmp_pat
 async def test_without_budget_nothing_is_repeated(tmp_path: Path) -> None:
     budget = RetryBudget(percent=0, per_second=0)
     async with lab(tmp_path, dialling=Dialling(5.0, 5.0, retries=3), budget=budget) as here:
-        assert (await here.get(closed_port())).status == 502
+        assert (await here.get(free_port())).status == 502
         assert (budget.used, budget.denied) == (0, 1)
 
 
@@ -235,7 +237,7 @@ async def test_what_was_approved_once_may_be_dialled_again_but_is_sent_once(tmp_
 async def test_what_was_approved_is_refused_before_the_grant_is_spent_while_the_breaker_is_open(tmp_path: Path) -> None:
     person = Person(approve)
     async with lab(tmp_path, gate=person, health=health(Moved())) as here:
-        port = closed_port()
+        port = free_port()
         raw = post(port, "held.test", "Content-Length: 3", b"abc")
         answers = [(await here.send(raw)).status for _ in range(4)]
         assert answers == [502, 502, 502, 503] and person.spent == 0
@@ -369,3 +371,21 @@ def test_a_busy_minute_buys_retries_for_the_next_seconds_only() -> None:
     budget.take()  # the window is looked at again
     clock.now += 60
     assert not budget.take()
+
+
+async def test_requests_that_take_an_express_lane_widen_the_budget(tmp_path: Path) -> None:
+    config = "[upstream]\nretry_percent = 20\nretry_min_per_s = 0\n"
+    async with express(tmp_path, "permit (principal, action, resource);", config=config) as here:
+        for number in range(20):
+            assert await here.ask(f"/up/{number}") == (200, b"ok")
+        assert here.taken == 19
+        assert sum(here.service.pipeline.upstreams.again() for _ in range(10)) == 4, "a fifth of twenty"
+
+
+def test_requests_counted_elsewhere_may_be_forgotten_there() -> None:
+    budget = RetryBudget(percent=20, per_second=0, now=Moved())
+    counts = iter([10, 3, 8])
+    budget.elsewhere = lambda: next(counts)
+    for expected in (10, 10, 15):
+        budget.take()
+        assert budget.requests == expected

@@ -62,7 +62,7 @@ async def test_each_event_arrives_before_the_next_is_written(tmp_path: Path, fra
         writer.write(b"GET http://good.test/events HTTP/1.1\r\nHost: good.test\r\nAccept: text/event-stream\r\n\r\n")
         head = await reader.readuntil(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 200") and b"chunked" in head
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             for event in EVENTS:
                 # The upstream writes the next one only now that this one is here.
                 assert await reader.readexactly(len(b"%x\r\n" % len(event)) + len(event) + 2) == b"%x\r\n%s\r\n" % (

@@ -44,7 +44,10 @@ REFUSED = {
     "unbound host": ("GET / HTTP/1.1\nHost: b.test\n\n", transparent("a.test"), "ip_not_resolved_for_name"),
     "other port": ("GET / HTTP/1.1\nHost: a.test:8080\n\n", transparent("a.test"), "port_mismatch"),
     "CONNECT inside": ("CONNECT b.test:443 HTTP/1.1\nHost: a.test\n\n", transparent("a.test"), "connect_in_transparent"),
-    "absolute form inside": ("GET http://b.test/ HTTP/1.1\nHost: a.test\n\n", transparent("a.test"), "bad_target"),
+    "absolute form inside": ("GET http://b.test/ HTTP/1.1\nHost: a.test\n\n", transparent("a.test"), "target_mismatch"),
+    "absolute form of another port": ("GET http://a.test:81/ HTTP/1.1\nHost: a.test\n\n", transparent("a.test"), "target_mismatch"),
+    "absolute form of another scheme": ("GET https://a.test/ HTTP/1.1\nHost: a.test\n\n", transparent("a.test"), "target_mismatch"),
+    "absolute form at a route": ("GET http://b.test/openai/ HTTP/1.1\nHost: a.test\n\n", make_flow(way="reverse"), "target_mismatch"),
     "other literal": ("GET / HTTP/1.1\nHost: 10.0.0.1\n\n", transparent("a.test"), "host_address_mismatch"),
     "decimal address": ("GET / HTTP/1.1\nHost: 2852039166\n\n", transparent("a.test"), "ip_not_resolved_for_name"),
     "origin form at a proxy": ("GET / HTTP/1.1\nHost: a.test\n\n", make_flow(), "not_a_proxy_request"),
@@ -69,6 +72,17 @@ def test_explicit_absolute_form_takes_the_targets_authority() -> None:
     request = read("GET http://up.test/x?y HTTP/1.1\nHost: other.test\n\n", make_flow())
     assert (request.host, request.port, request.path, request.query) == ("up.test", 80, "/x", "y")
     assert read("GET https://up.test HTTP/1.1\nHost: up.test\n\n", make_flow()).port == 443
+
+
+@pytest.mark.parametrize("flow", [transparent("a.test"), make_flow(way="reverse")], ids=["transparent", "reverse"])
+def test_origins_take_absolute_form_that_says_what_the_host_field_says(flow: Flow) -> None:
+    request = read("GET HTTP://A.test:80/openai/x?y HTTP/1.1\nHost: a.test\n\n", flow)
+    assert (request.path, request.query) == ("/openai/x" if flow.way == "transparent" else "/x", "y")
+
+
+def test_options_without_a_path_are_about_the_server() -> None:
+    assert read("OPTIONS http://up.test HTTP/1.1\nHost: up.test\n\n", make_flow()).sent_path == "*"
+    assert read("OPTIONS http://up.test?x HTTP/1.1\nHost: up.test\n\n", make_flow()).sent_path == "/"
 
 
 def test_explicit_connect_is_a_tunnel() -> None:

@@ -38,7 +38,7 @@ def port(authority: CertificateAuthority) -> Iterator[int]:
                     plain, _ = listener.accept()
                 except OSError:
                     return
-                plain.settimeout(5)
+                plain.settimeout(60)
                 try:
                     with context.wrap_socket(plain, server_side=True) as conn:
                         if conn.recv(65536):
@@ -61,7 +61,7 @@ def environment(authority: CertificateAuthority, tmp_path: Path) -> dict[str, st
 
 
 def run(command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
 
 
 def test_bundle_holds_the_systems_roots_and_the_ca(authority: CertificateAuthority, tmp_path: Path) -> None:
@@ -134,9 +134,9 @@ def test_node_gets_the_ca_alone_and_the_rest_the_bundle() -> None:
 
 
 PYTHON = {
-    "urllib": "import urllib.request as r; print(r.urlopen('{url}', timeout=20).read().decode())",
-    "requests": "import requests; print(requests.get('{url}', timeout=20).text)",
-    "httpx": "import httpx; print(httpx.get('{url}', timeout=20).text)",
+    "urllib": "import urllib.request as r; print(r.urlopen('{url}', timeout=60).read().decode())",
+    "requests": "import requests; print(requests.get('{url}', timeout=60).text)",
+    "httpx": "import httpx; print(httpx.get('{url}', timeout=60).text)",
 }
 
 

@@ -163,7 +163,7 @@ def test_a_plugin_that_fails_closes_the_connection_and_nothing_else(
 ) -> None:
     async def scenario() -> None:
         only = Watching(verdict, paths=["/bad"])
-        async with echoing() as echo, lab(tmp_path, echo.port, only) as here:
+        async with echoing() as echo, lab(tmp_path, echo.port, only, deadline_s=0.2) as here:
             async with connect(f"{here.url}/good", **CLIENT) as good, connect(f"{here.url}/bad", **CLIENT) as bad:
                 await bad.send("x")
                 with pytest.raises(websockets.ConnectionClosed):

@@ -27,6 +27,7 @@ from creto_proxy.workers.channel import BadFrame, Channel, frame, take
 from creto_proxy.workers.handover import Handover, Inherited
 from creto_proxy.workers.notify import notify
 from creto_proxy.workers.order import HELD, taken, written
+from creto_proxy.workers.process import Process, adopted
 from creto_proxy.workers.reload import Footing
 from creto_proxy.workers.rundir import RunDirectory, remove_leftovers
 
@@ -176,6 +177,29 @@ def test_what_is_handed_over_comes_out_as_it_went_in(tmp_path: Path, monkeypatch
         signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD)
 
 
+async def test_a_worker_that_has_closed_its_end_and_still_runs_is_handed_over_to_be_reaped() -> None:
+    """It takes a moment from the one to the other, and the next image is its parent."""
+    link, its_link = socket.socketpair()
+    link.setblocking(False)
+    reads, writes = os.pipe()
+    child = os.posix_spawn("/bin/sh", ["sh", "-c", "read line"], {}, file_actions=[(os.POSIX_SPAWN_DUP2, reads, 0)])
+    os.close(reads)
+    worker = Process(0, 3, child, 2, "run.w3", -1, state="draining")
+    await worker.connect(link, lambda *_: None)
+    its_link.close()
+    while worker.channel._transport is not None:
+        await asyncio.sleep(0.001)
+    given_ = worker.handed_over()
+    assert (given_.pid, given_.serial, given_.state, given_.received) == (child, 3, "draining", b"")
+    again = await adopted(given_, lambda *_: None)
+    ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    again.watch(lambda _, status: ended.set_result(status))
+    os.write(writes, b"now\n")
+    os.close(writes)
+    assert await ended == 0
+    assert again.ended
+
+
 def test_what_is_written_for_a_worker_is_read_once_and_is_in_no_directory() -> None:
     fd = written(b"secret" * 10_000, "test")
     assert taken(fd) == b"secret" * 10_000
@@ -284,7 +308,7 @@ class TestFollowing:
         assert await asyncio.to_thread(second.stop)
 
     async def until(self, holds: Callable[[], bool]) -> None:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while not holds():
                 await asyncio.sleep(0.01)
 

@@ -58,7 +58,7 @@ T = TypeVar("T")
 Judgement = Callable[[Direction, MessageKind, bytes], bytes | Decision]
 
 
-def on_uvloop(scenario: Coroutine[Any, Any, T], patience_s: float = 30.0) -> T:
+def on_uvloop(scenario: Coroutine[Any, Any, T], patience_s: float = 90.0) -> T:
     """What ``scenario`` returns, run on the event loop that creto runs on. Whatever a callback raised fails it too."""
     failures: list[dict[str, Any]] = []
 
@@ -128,7 +128,7 @@ async def lab(
     agent: Callable[[], Agent] | None = None,
     egress: Open | None = None,
     max_message_bytes: int = 1 << 20,
-    deadline_s: float = 0.2,
+    deadline_s: float = 5.0,
     tls: ssl.SSLContext | None = None,
 ) -> AsyncIterator[Lab]:
     """tls: the context that trusts the upstream's certificate, for ``up.test``; None for a plain upstream."""

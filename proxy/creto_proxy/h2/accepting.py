@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol
 
 from creto_hotpath.relay import Downstream
@@ -10,15 +9,16 @@ from creto_proxy.errors import Permanent
 from creto_proxy.h2.agents import AgentConnection, Bounds
 from creto_proxy.h2.entry import Entry
 from creto_proxy.model import Agent, Flow
+from creto_proxy.protect import Seat
 
 
 class Accepts(Protocol):
     """The gateway, as it is used here."""
 
     def converse(self, flow: Flow, agent: Agent | None) -> Downstream: ...
-    def converse_in_stream(self, flow: Flow, agent: Agent | None, grpc: bool) -> Downstream: ...
+    def converse_in_stream(self, flow: Flow, agent: Agent | None, grpc: bool, seat: Seat) -> Downstream: ...
     def refuse_unread(self, flow: Flow, agent: Agent | None, error: Permanent) -> None: ...
-    def count_connection(self, agent: Agent | None) -> Callable[[], None]: ...
+    def seat(self, agent: Agent | None) -> Seat: ...
 
 
 class Http2:
@@ -28,7 +28,7 @@ class Http2:
         self._gateway = gateway
         self._bounds = bounds
         self._waiting: set[Entry] = set()
-        self._open: dict[AgentConnection, Callable[[], None]] = {}
+        self._open: set[AgentConnection] = set()
 
     def __len__(self) -> int:
         return len(self._open) + len(self._waiting)
@@ -37,8 +37,8 @@ class Http2:
         """The protocol of a new connection that may turn out to be either."""
 
         def http2() -> AgentConnection:
-            connection = AgentConnection(self, flow, agent, self._bounds)
-            self._open[connection] = self._gateway.count_connection(agent)
+            connection = AgentConnection(self, flow, agent, self._bounds, self._gateway.seat(agent))
+            self._open.add(connection)
             return connection
 
         entry = Entry(
@@ -67,13 +67,13 @@ class Http2:
 
     # -- what connections ask for
 
-    def h2_downstream(self, flow: Flow, agent: Agent | None, grpc: bool) -> Downstream:
-        return self._gateway.converse_in_stream(flow, agent, grpc)
+    def h2_downstream(self, flow: Flow, agent: Agent | None, grpc: bool, seat: Seat) -> Downstream:
+        return self._gateway.converse_in_stream(flow, agent, grpc, seat)
 
-    def h2_refused(self, flow: Flow, agent: Agent | None, reason: str) -> None:
+    def h2_refused(self, flow: Flow, agent: Agent | None, reason: str, status: int = 400) -> None:
         """Leaves a record of a request, or of a whole connection, that could not be read."""
-        self._gateway.refuse_unread(flow, agent, Permanent(f"HTTP/2: {reason}.", reason=f"http2_{reason}", status=400))
+        error = Permanent(f"HTTP/2: {reason}.", reason=f"http2_{reason}", status=status)
+        self._gateway.refuse_unread(flow, agent, error)
 
-    def h2_gone(self, connection: object) -> None:
-        if isinstance(connection, AgentConnection) and (uncount := self._open.pop(connection, None)) is not None:
-            uncount()
+    def h2_gone(self, connection: AgentConnection) -> None:
+        self._open.discard(connection)

@@ -13,8 +13,9 @@ from creto_hotpath.relay import Downstream
 from creto_proxy.h2 import grpc
 from creto_proxy.h2.endpoint import INTERNAL_ERROR, NO_ERROR, PROTOCOL_ERROR, REFUSED_STREAM, Endpoint, Pair, Stream
 from creto_proxy.h2.guard import PREFACE
-from creto_proxy.h2.message import Malformed, RequestFields, TooLarge, response_pairs, trailer_fields
+from creto_proxy.h2.message import Malformed, NotServed, RequestFields, TooLarge, response_pairs, trailer_fields
 from creto_proxy.model import Agent, Flow
+from creto_proxy.protect import Seat
 
 # Agents are near: a window of 64 KiB is a round trip on loopback, and with it a stream costs little while it is held.
 _STREAM_WINDOW = 65535
@@ -35,14 +36,14 @@ class Bounds:
 class Edge(Protocol):
     """What the accept stage does for a connection."""
 
-    def h2_downstream(self, flow: Flow, agent: Agent | None, grpc: bool) -> Downstream: ...
-    def h2_refused(self, flow: Flow, agent: Agent | None, reason: str) -> None: ...
-    def h2_gone(self, connection: object) -> None: ...
+    def h2_downstream(self, flow: Flow, agent: Agent | None, grpc: bool, seat: Seat) -> Downstream: ...
+    def h2_refused(self, flow: Flow, agent: Agent | None, reason: str, status: int = 400) -> None: ...
+    def h2_gone(self, connection: AgentConnection) -> None: ...
 
 
 class AgentStream(Stream):
-    """One request. trailers: those of the request, once they came. response_trailers, reset_code: left here by the
-    origin's stream, for the end of the answer or for the reset in its place."""
+    """One request. trailers: those of the request, once they came. response_trailers, reset_code, from_http2: left here
+    by the origin's stream, for the end of the answer, for the reset in its place, and for what Via says."""
 
     def __init__(self, endpoint: AgentConnection, stream_id: int, fields: RequestFields) -> None:
         super().__init__(endpoint, stream_id)
@@ -50,6 +51,7 @@ class AgentStream(Stream):
         self.trailers: list[Pair] = []
         self.response_trailers: list[Pair] = []
         self.reset_code = INTERNAL_ERROR
+        self.from_http2 = False
         self.finished = False
         self._via = endpoint.bounds.via
         self._left = fields.length
@@ -69,6 +71,15 @@ class AgentStream(Stream):
             if self._left < 0:
                 raise Malformed("content_length_mismatch")
         super().receive(data)
+
+    def break_off(self, reason: str) -> None:
+        """Ends the request under way, which is recorded with that reason; one that was answered has its record."""
+        downstream = self.protocol
+        exchange = downstream.exchange if isinstance(downstream, Downstream) else None
+        self.reset_code = PROTOCOL_ERROR
+        if exchange is not None:
+            exchange.abort(reason)
+        self.lose()
 
     def receive_end(self) -> None:
         if self._left > 0:
@@ -94,7 +105,7 @@ class AgentStream(Stream):
             if head.status >= 200:
                 self._begin(head, whole)
             elif not self.fields.grpc:  # gRPC libraries do not know interim answers
-                self.endpoint.session.headers(self.id, response_pairs(head), False, True)
+                self.endpoint.session.headers(self.id, response_pairs(head, http2=self.from_http2), False, True)
         if self._framer is not None and not self.finished:
             self._queue(self._framer.payload(whole, at))
             if self._framer.done:
@@ -113,7 +124,7 @@ class AgentStream(Stream):
             self._finish()
             return
         done = framer.done and not self.response_trailers
-        pairs = response_pairs(head)
+        pairs = response_pairs(head, http2=self.from_http2)
         if self.fields.grpc and done:  # "Trailers-Only": what is not a trailer of the origin's would look like one
             pairs = [pair for pair in pairs if pair[0] != b"content-length"]
         session.headers(self.id, pairs, done)
@@ -140,8 +151,9 @@ class AgentStream(Stream):
 class AgentConnection(Endpoint):
     """One HTTP/2 connection of an agent."""
 
-    def __init__(self, edge: Edge, flow: Flow, agent: Agent | None, bounds: Bounds) -> None:
+    def __init__(self, edge: Edge, flow: Flow, agent: Agent | None, bounds: Bounds, seat: Seat) -> None:
         super().__init__()
+        self._seat = seat
         self.bounds = bounds
         self._edge = edge
         self._flow = flow
@@ -204,6 +216,7 @@ class AgentConnection(Endpoint):
         if self._timer is not None:
             self._timer.cancel()
         super().connection_lost(exc)
+        self._seat.give()
         self._edge.h2_gone(self)
 
     # -- streams
@@ -218,17 +231,30 @@ class AgentConnection(Endpoint):
                 if not ended:
                     raise Malformed("headers_inside_body")
                 known.trailers = _trailers(pairs)
-            elif self._draining or len(self._streams) >= self.bounds.max_streams:
+            elif self._draining:
                 self.session.reset(stream_id, REFUSED_STREAM)
+            elif len(self._streams) >= self.bounds.max_streams:
+                self.session.reset(stream_id, REFUSED_STREAM)
+                self.turned_away()
             else:
                 self._request(stream_id, RequestFields(pairs), ended)
         except Malformed as error:
             self._malformed(stream_id, error.reason)
         except TooLarge:
-            self._edge.h2_refused(self._flow, self._agent, "fields_too_large")
-            self.session.headers(stream_id, [(b":status", b"431"), (b"content-length", b"0")], True)
-            if not ended:
-                self._unread.add(stream_id)
+            self._decline(stream_id, b"431", "fields_too_large", ended)
+        except NotServed as error:
+            self._decline(stream_id, b"501", error.reason, ended)
+
+    def _decline(self, stream_id: int, status: bytes, reason: str, ended: bool) -> None:
+        """Answers with nothing but a status."""
+        self._edge.h2_refused(self._flow, self._agent, reason, int(status))
+        self.session.headers(stream_id, [(b":status", status), (b"content-length", b"0")], True)
+        if not ended:
+            self._unread.add(stream_id)
+
+    def turned_away(self) -> None:
+        self._edge.h2_refused(self._flow, self._agent, "too_many_streams")
+        self._charge("stream")
 
     def _request(self, stream_id: int, fields: RequestFields, ended: bool) -> None:
         if ended and fields.length > 0:
@@ -239,7 +265,10 @@ class AgentConnection(Endpoint):
         stream = self._streams[stream_id] = AgentStream(self, stream_id, fields)
         # A flow of its own: what is learnt of one request must not be taken for another's.
         flow = replace(self._flow, http2=True)
-        stream.begin(self._edge.h2_downstream(flow, self._agent, fields.grpc), absolute=self._absolute, ended=ended)
+        downstream = self._edge.h2_downstream(flow, self._agent, fields.grpc, self._seat)
+        stream.begin(downstream, absolute=self._absolute, ended=ended)
+        if self._seat.refused:
+            self._take_no_more()
 
     def _event(self, kind: int, stream_id: int, value: object, code: int) -> None:
         try:
@@ -248,13 +277,18 @@ class AgentConnection(Endpoint):
             self._malformed(stream_id, error.reason)
 
     def _malformed(self, stream_id: int, reason: str) -> None:
-        self._edge.h2_refused(self._flow, self._agent, reason)
-        self.session.reset(stream_id, PROTOCOL_ERROR)
         stream = self._streams.get(stream_id)
-        if stream is not None:
-            stream.lose()
+        if stream is None:
+            self._edge.h2_refused(self._flow, self._agent, reason)
+        else:
+            stream.break_off(f"http2_{reason}")
+        self.session.reset(stream_id, PROTOCOL_ERROR)
+        self._charge("malformed")
+
+    def _charge(self, reason: str) -> None:
+        """Raises Flood when there was too much of it."""
         if self._guard is not None:
-            self._guard.charge("malformed")
+            self._guard.charge(reason)
 
     def sent_end(self, stream_id: int) -> None:
         self._active_at = self.loop.time()
@@ -283,11 +317,13 @@ class AgentConnection(Endpoint):
 
     def drain(self) -> None:
         """Takes no new streams and closes once the open ones have ended."""
-        if self.closed or self._draining:
-            return
+        if not self.closed and not self._draining:
+            self._take_no_more()
+            self.flush()
+
+    def _take_no_more(self) -> None:
         self._draining = True
         self.session.goaway(NO_ERROR, False)
-        self.flush()
 
     def flushed(self) -> None:
         if self._draining and not self._streams:

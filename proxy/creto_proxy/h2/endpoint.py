@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections import deque
 from typing import Any, Protocol, cast
 
-from creto_hotpath.h2 import CLOSED, DATA, END, ENDED, GOAWAY, HEADERS, SETTINGS, Session, SessionError
+from creto_hotpath.h2 import CLOSED, DATA, END, ENDED, GOAWAY, HEADERS, REFUSED, SETTINGS, Session, SessionError
 from creto_hotpath.http1 import chunk
 from creto_proxy.h2.guard import Flood, Guard
-
-log = logging.getLogger("creto.http2")
 
 NO_ERROR, PROTOCOL_ERROR, INTERNAL_ERROR = 0, 1, 2
 REFUSED_STREAM, CANCEL = 7, 8
@@ -194,6 +191,9 @@ class Endpoint(asyncio.Protocol):
     def sent_end(self, stream_id: int) -> None:
         """Our end of the stream went out."""
 
+    def turned_away(self) -> None:
+        """The peer opened one stream more than it may, and was told so."""
+
     def going_away(self, last: int, code: int) -> None:
         """The peer takes no streams after ``last``."""
 
@@ -223,9 +223,8 @@ class Endpoint(asyncio.Protocol):
             self.fail(error.reason, error.code)
             return
         self.flush()
-        if not self.ending and (complaint := self.session.failed):
-            log.debug("HTTP/2 connection refused: %s", complaint)
-            self.broken("protocol_error")
+        if not self.ending and (reason := self.session.failed):
+            self.broken(reason)
             self._end_after_flush()
 
     def _event(self, kind: int, stream_id: int, value: Any, code: int) -> None:
@@ -249,6 +248,8 @@ class Endpoint(asyncio.Protocol):
             self.going_away(stream_id, code)
         elif kind == SETTINGS:
             self.schedule()
+        elif kind == REFUSED:
+            self.turned_away()
 
     # -- out
 

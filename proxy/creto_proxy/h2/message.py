@@ -24,7 +24,7 @@ _NOT_IN_TRAILERS = CONNECTION_FIELDS | {
     b"content-length", b"content-encoding", b"content-type", b"content-range", b"host", b"te", b"trailer",
     b"authorization", b"proxy-authorization", b"cookie", b"set-cookie", b"expect", b"max-forwards",
 }  # fmt: skip
-_REQUEST_PSEUDO = frozenset({b":method", b":scheme", b":authority", b":path"})
+_REQUEST_PSEUDO = frozenset({b":method", b":scheme", b":authority", b":path", b":protocol"})
 _HOP_FIELDS = frozenset({b"connection", b"keep-alive", b"proxy-connection", b"transfer-encoding", b"upgrade", b"te"})
 
 
@@ -40,6 +40,14 @@ class TooLarge(ValueError):
     """A field section beyond the limits that HTTP/1.1 heads have (431)."""
 
 
+class NotServed(ValueError):
+    """A request that is well-formed and that nobody here can serve (501). ``reason`` is snake_case."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
 class RequestFields:
     """A request as HTTP/2 carries it, validated. head(): the same as an HTTP/1.1 head.
 
@@ -49,8 +57,10 @@ class RequestFields:
     __slots__ = ("authority", "fields", "grpc", "length", "method", "path", "scheme", "trailers")
 
     def __init__(self, pairs: list[Pair]) -> None:
-        """Raises Malformed or TooLarge."""
+        """Raises Malformed, TooLarge or NotServed."""
         pseudo, fields = split(pairs, _REQUEST_PSEUDO)
+        if b":protocol" in pseudo:  # RFC 8441; the setting that would allow it is not sent
+            raise NotServed("extended_connect")
         self.method = pseudo.get(b":method", b"")
         self.scheme = pseudo.get(b":scheme", b"")
         self.path = pseudo.get(b":path", b"")
@@ -132,7 +142,7 @@ def split(pairs: list[Pair], known: frozenset[bytes]) -> tuple[dict[bytes, bytes
     size = 0
     for index, (name, value) in enumerate(pairs):
         size += len(name) + len(value) + 32
-        if size > HEAD_LIMIT or index >= FIELD_LIMIT + len(known):
+        if size > HEAD_LIMIT or index >= FIELD_LIMIT + len(pseudo):
             raise TooLarge("the field section is too large")
         if not _BAD_VALUE.isdisjoint(value) or value[:1] in (b" ", b"\t") or value[-1:] in (b" ", b"\t"):
             raise Malformed("bad_field_value")
@@ -163,18 +173,28 @@ def trailer_fields(pairs: list[Pair]) -> list[Pair]:
     return [(name, value) for name, value in fields if name not in _NOT_IN_TRAILERS]
 
 
-def response_pairs(head: ResponseHead) -> list[Pair]:
-    """The head of an HTTP/1.1 response as HTTP/2 carries it."""
+def response_pairs(head: ResponseHead, *, http2: bool = False) -> list[Pair]:
+    """The head of an HTTP/1.1 response as HTTP/2 carries it. http2: it came by HTTP/2 before the relay had it."""
     pairs = [(b":status", b"%d" % head.status)]
     for name, value in head.headers.items():
         key = name.lower().encode("latin-1")
         if key not in _HOP_FIELDS:
             pairs.append((key, value.encode("latin-1")))
+    return _received_by_http2(pairs) if http2 else pairs
+
+
+def _received_by_http2(pairs: list[Pair]) -> list[Pair]:
+    """Via says by which protocol a message was received (RFC 9110 section 7.6.3). The relay adds it as the last field,
+    and sees HTTP/1.1 only."""
+    name, value = pairs[-1]
+    if name == b"via" and value[:4] == b"1.1 ":
+        pairs[-1] = (name, b"2.0 " + value[4:])
     return pairs
 
 
-def request_pairs(head: RequestHead, scheme: bytes, *, trailers: bool) -> list[Pair]:
-    """The head of an HTTP/1.1 request, in origin form, as HTTP/2 carries it. trailers: say that they are welcome."""
+def request_pairs(head: RequestHead, scheme: bytes, *, trailers: bool, http2: bool = False) -> list[Pair]:
+    """The head of an HTTP/1.1 request, in origin form, as HTTP/2 carries it. trailers: say that they are welcome.
+    http2: it came by HTTP/2 before the relay had it."""
     pairs = [(b":method", head.method.encode("ascii")), (b":scheme", scheme), (b":authority", b"")]
     pairs.append((b":path", head.target.encode("ascii")))
     for name, value in head.headers.items():
@@ -183,6 +203,8 @@ def request_pairs(head: RequestHead, scheme: bytes, *, trailers: bool) -> list[P
             pairs[2] = (b":authority", value.encode("latin-1"))
         elif key not in _HOP_FIELDS:
             pairs.append((key, value.encode("latin-1")))
+    if http2:
+        _received_by_http2(pairs)
     if trailers:
         pairs.append((b"te", b"trailers"))
     return pairs

@@ -82,7 +82,8 @@ class OriginStream(Stream):
             raise SessionError("incomplete_head")
         self._head_only = head.is_head
         agent = self._agent
-        pairs = request_pairs(head, self.endpoint.scheme, trailers=agent is not None and agent.fields.trailers)
+        trailers = agent is not None and agent.fields.trailers
+        pairs = request_pairs(head, self.endpoint.scheme, trailers=trailers, http2=agent is not None)
         framer = self._framer = BodyFramer(head.body, head.content_length, 400)
         ended = framer.done and not (agent is not None and agent.trailers)
         self.id = self.endpoint.begin(self, pairs, ended)
@@ -110,7 +111,9 @@ class OriginStream(Stream):
                 raise Malformed("content_length_mismatch")
             self.answered = True
             self.chunked = length < 0 and not ended and not bodiless
-        protocol = self.protocol
+        protocol, agent = self.protocol, self._agent
+        if agent is not None:
+            agent.from_http2 = True
         if protocol is not None:
             protocol.data_received(head)
 

@@ -31,13 +31,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from creto_proxy.protect.agents import Agents, Arrivals, InFlight
+from creto_proxy.protect.agents import Agents, Arrivals, InFlight, Seat
 from creto_proxy.protect.load import Load
 from creto_proxy.protect.memory import Memory
 from creto_proxy.protect.pace import Pace
 from creto_proxy.settings import Limits, Protect
 
-__all__ = ["Agents", "Arrivals", "InFlight", "Load", "Memory", "Pace", "Protection"]
+__all__ = ["Agents", "Arrivals", "InFlight", "Load", "Memory", "Pace", "Protection", "Seat"]
 
 
 @dataclass(frozen=True, slots=True)

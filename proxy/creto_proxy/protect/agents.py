@@ -5,31 +5,21 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from creto_hotpath.express import Share
 from creto_proxy.errors import Transient
 
 _NO_LIMIT = (1 << 31) - 1
 
 
-class InFlight:
+class InFlight(Share):
     """What one agent has under way. ``count`` of ``limit`` requests, ``connections`` of ``most`` connections."""
 
-    __slots__ = ("connections", "count", "limit", "most")
+    __slots__ = ("connections", "most")
 
     def __init__(self, limit: int, most: int) -> None:
-        self.count = 0
-        self.limit = limit
+        super().__init__(limit)
         self.connections = 0
         self.most = most
-
-    def enter(self) -> bool:
-        """Takes a place for one request; False when there is none."""
-        if self.count >= self.limit:
-            return False
-        self.count += 1
-        return True
-
-    def leave(self) -> None:
-        self.count -= 1
 
     def require(self) -> None:
         """As ``enter``, or raises Transient (429)."""
@@ -52,6 +42,30 @@ class InFlight:
 
     def disconnect(self) -> None:
         self.connections -= 1
+
+
+class Seat:
+    """The place of a connection that carries requests side by side. share: whose it is, None until it is known: the
+    first agent that asked for something on it. refused: that agent had too many."""
+
+    __slots__ = ("refused", "share")
+
+    def __init__(self) -> None:
+        self.share: InFlight | None = None
+        self.refused = False
+
+    def take(self, share: InFlight) -> None:
+        """Counts the connection, once. Raises Transient (429)."""
+        if self.share is None:
+            self.refused = True
+            share.connect()
+            self.refused = False
+            self.share = share
+
+    def give(self) -> None:
+        if self.share is not None:
+            self.share.disconnect()
+            self.share = None
 
 
 class Agents:

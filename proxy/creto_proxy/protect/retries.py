@@ -13,15 +13,19 @@ class RetryBudget:
     """Retries over the last ten seconds: at most ``percent`` of the requests in them, but ``per_second`` always.
 
     ``requests`` only ever grows; whoever sends a request adds to it. It is looked at when a retry is wanted, so a
-    request costs one addition. Memory: one entry per retry of the last ten seconds, and one per second with retries.
+    request costs one addition, and none where it is counted anyway: ``elsewhere`` says how many were, and may begin
+    again at a smaller number. Memory: one entry per retry of the last ten seconds, and one per second with retries.
     """
 
-    __slots__ = ("_marks", "_now", "_per_window", "_share", "_taken", "denied", "requests", "used")
+    __slots__ = ("_elsewhere", "_marks", "_now", "_per_window", "_share", "_taken", "denied", "elsewhere", "requests",
+                 "used")  # fmt: skip
 
     def __init__(
         self, percent: float = 20.0, per_second: float = 10.0, now: Callable[[], float] = time.monotonic
     ) -> None:
         self.requests = 0
+        self.elsewhere: Callable[[], int] = lambda: 0
+        self._elsewhere = 0
         self.used = 0
         self.denied = 0
         self._share = percent / 100
@@ -33,6 +37,9 @@ class RetryBudget:
     def take(self) -> bool:
         """Whether one more retry is within the budget; it is then counted."""
         now = self._now()
+        elsewhere = self.elsewhere()
+        self.requests += max(elsewhere - self._elsewhere, 0)
+        self._elsewhere = elsewhere
         while self._taken and self._taken[0] <= now - WINDOW_S:
             self._taken.popleft()
         if len(self._taken) >= max(self._per_window, self._share * self._recent(now)):
