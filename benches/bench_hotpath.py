@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
+import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -31,6 +34,9 @@ HOUR = 3600 * 1_000_000_000
 EPOCH = 3
 CODE = 17
 BATCH = 500
+# The loop in C: rounds alternate between it, the same from Python, and a bare clock.
+LOOP_ROUNDS, LOOP_WARM_UP, LOOP_BATCHES = 101, 2, 20
+HOTPATH = Path(__file__).resolve().parents[1] / "ext"
 
 OUTCOME = (
     bytes(16), NOW, "spiffe://local/agent/a1", ("spiffe://local/human/ann", "spiffe://local/agent/a1"), bytes(32),
@@ -170,6 +176,67 @@ def bench_policy_and_quota_of_a_file(benchmark: Any, report: Report, form: Form,
     desk = Desk(form, str(tmp_path / "quota.tab"))
     measure(benchmark, report, "the same, table in a file", form, desk.admit, desk.settle)
     desk.quota.close()
+
+
+@pytest.fixture(scope="module")
+def loop(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    """``hotpath_loop.pyx``, compiled as the modules that it measures are, and nowhere installed."""
+    from Cython.Build import cythonize
+    from setuptools import Distribution, Extension
+
+    folder = tmp_path_factory.mktemp("loop")
+    source = folder / "hotpath_loop.pyx"
+    shutil.copy(Path(__file__).with_name(source.name), source)
+    headers = [str(HOTPATH / "creto_hotpath")]
+    extension = Extension("hotpath_loop", [str(source)], include_dirs=headers, extra_compile_args=["-O3"])
+    modules = cythonize([extension], include_path=[str(HOTPATH)], quiet=True)
+    command = Distribution({"ext_modules": modules}).get_command_obj("build_ext")
+    command.build_lib, command.build_temp = str(folder), str(folder)
+    command.ensure_finalized()
+    command.run()
+    spec = spec_from_file_location("hotpath_loop", command.get_ext_fullpath("hotpath_loop"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("form", [Form("c")], ids=["compiled"])
+@pytest.mark.parametrize("held", [64, BATCH])
+def bench_loop_in_c(benchmark: Any, report: Report, desk: Desk, loop: ModuleType, held: int) -> None:
+    """Is policy + quota over 4 levels x 3 meters, called by compiled code, below 168 ns on average?
+
+    ``held`` admissions are open at once: as many as there are connections in the comparison with other proxies, or
+    as many as in the batches called from Python.
+    """
+    rounds: dict[str, list[float]] = {name: [] for name in ("in_c", "settled_in_c", "from_python", "clock")}
+
+    def from_python() -> float:
+        taken, answers = 0, []
+        for _ in range(LOOP_BATCHES):
+            begun = time.perf_counter_ns()
+            answers = [desk.admit() for _ in range(held)]
+            taken += time.perf_counter_ns() - begun
+            for answer in answers:
+                desk.settle(answer)
+        return taken / (held * LOOP_BATCHES)
+
+    def compare() -> None:
+        rounds["clock"].append(loop.clock_read(held * LOOP_BATCHES))
+        admitted, settled = loop.admission(
+            desk.decisions, desk.quota, desk.path, desk.permit, EPOCH, AMOUNTS, NOW, TTL, held, LOOP_BATCHES
+        )
+        rounds["in_c"].append(admitted)
+        rounds["settled_in_c"].append(settled)
+        rounds["from_python"].append(from_python())
+
+    benchmark.pedantic(compare, rounds=LOOP_ROUNDS, warmup_rounds=LOOP_WARM_UP)
+    for name, each in rounds.items():
+        means = each[LOOP_WARM_UP:]
+        middle = statistics.median(means)
+        benchmark.extra_info[f"{name}_ns"] = [middle, min(means), max(means)]
+        report.lines.append(f"{f'loop, {held} held: {name}'.replace('_', ' '):<58} {'':<29} {middle:>11,.1f}")
 
 
 RIVAL = """

@@ -7,7 +7,7 @@ on each of N streams it writes an event of about 200 bytes every 10 ms, staggere
 event has been read on the other side. What a proxy adds is its percentile minus that of the direct connection in the
 same turn; turns alternate. The real ``creto sidecar`` with its default plugins and a budget: once as a stream that is
 relayed, once as the answer of a model whose usage is read from the events. nginx stands beside it with buffering off.
-CRETO_BENCH_SECONDS and CRETO_BENCH_ROUNDS lengthen it.
+CRETO_BENCH_SECONDS and CRETO_BENCH_ROUNDS lengthen it; a turn has CRETO_BENCH_EVENTS at least, 1,000 by default.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ import harness
 SECONDS = float(os.environ.get("CRETO_BENCH_SECONDS", "2"))
 ROUNDS = int(os.environ.get("CRETO_BENCH_ROUNDS", "3"))
 INTERVAL_NS = 10_000_000
+# Of one turn: a percentile of fewer events would be that of one or two of them.
+LEAST_EVENTS = int(os.environ.get("CRETO_BENCH_EVENTS", "1000"))
 BAR_US = 100.0
 
 CONFIG = """
@@ -223,12 +225,13 @@ Turns = dict[str, list[list[float]]]
 
 def compare(routes: Sequence[Route], listener: socket.socket, streams: int, folder: Path) -> Turns:
     """The delays of every route in each of ROUNDS alternating turns, after a short one that warms up."""
+    seconds = max(SECONDS, LEAST_EVENTS * INTERVAL_NS / 1e9 / streams)
     for route in routes:
         delays_us(listener, route, streams, 0.3)
     turns: Turns = {route.name: [] for route in routes}
     for turn in range(ROUNDS):
         for route in routes if turn % 2 == 0 else list(reversed(routes)):
-            turns[route.name].append(delays_us(listener, route, streams, SECONDS))
+            turns[route.name].append(delays_us(listener, route, streams, seconds))
     return turns
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -68,8 +69,15 @@ def bars(title: str, unit: str, panels: Sequence[Panel]) -> str:
     return _page(width, y + 18, title, parts)
 
 
-def lines(title: str, unit: str, series: Sequence[Line], marks: Sequence[tuple[float, str]] = ()) -> str:
-    """Lines over minutes from zero; ``marks`` are moments in minutes, each with a colour."""
+def lines(
+    title: str,
+    unit: str,
+    series: Sequence[Line],
+    marks: Sequence[tuple[float, str]] = (),
+    fitted: Sequence[Line] = (),
+) -> str:
+    """Lines over minutes from zero; ``marks`` are moments in minutes, each with a colour; ``fitted`` are drawn over
+    the others and not named."""
     width, height, left, top, right, bottom = 860, 360, 70, 56, 190, 44
     end = max((x for line in series for x, _ in line.points), default=1.0) or 1.0
     most = max((y for line in series for _, y in line.points), default=1.0) * 1.1 or 1.0
@@ -89,6 +97,8 @@ def lines(title: str, unit: str, series: Sequence[Line], marks: Sequence[tuple[f
         parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
         parts.append(_box(width - right + 16, top + index * 20, 12, 12, colour))
         parts.append(_text(width - right + 34, top + index * 20 + 11, line.name, size=12))
+    for line in fitted:
+        parts += [_segment(*at(*one), *at(*two), INK) for one, two in itertools.pairwise(line.points)]
     parts.append(_text(left, top - 8, unit, size=12))
     parts.append(_text((left + width - right) / 2, height - 8, "minutes", anchor="middle", size=12))
     return _page(width, height, title, parts)

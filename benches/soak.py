@@ -5,11 +5,15 @@ and slow clients?
     python benches/soak.py --minutes 30
 
 First the capacity is measured: requests as fast as they are answered, over the time until ledger and audit log have
-caught up with them. Then 70 % of that runs for the given time, with a reload (SIGHUP) every minute, SIGKILL to the
-youngest worker every two, clients that send a head byte by byte and clients that hardly read. At the end every answered
-request must have exactly one outcome in the journal, one row in the ledger and one entry in the audit log; no request
-may have been lost but those on a killed worker; and neither all processes together nor one that lived through may have
-grown by more than 3 % from the first third to the last. Written to .benchmarks/soak.json.
+caught up with them. Then 70 % of that runs for the given time, with clients that send a head byte by byte, clients that
+hardly read, and SIGKILL to the youngest worker every two minutes. In the first third every process is replaced once a
+minute (SIGHUP with nothing changed); from then on policies change once a minute and are taken in place, so that what
+leaks slowly has two thirds of the time to show.
+
+At the end every answered request must have exactly one outcome in the journal, one row in the ledger and one entry in
+the audit log; no request may have been lost but those on a killed worker; the journal must not have run ahead of what
+is derived from it; and neither generations compared with each other nor processes that live on may have grown by more
+than 3 % (``peers.memory`` says how that is judged). Written to .benchmarks/soak.json.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ import argparse
 import contextlib
 import json
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -33,42 +38,92 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from peers import creto, programs, report
-from peers.account import Account, account, await_derived, behind
-from peers.load import serving, tree
+from peers.account import Account, account, await_derived, behind, written
+from peers.load import serving
 from peers.machine import conditions
+from peers.memory import Sample, Trend, sample, trends
 from peers.slow import SlowClients
+
+from creto_proxy.workers import channel
+from creto_proxy.workers.rundir import controls
 
 SHARE = 0.7
 CONNECTIONS = 50
 CAPACITY_S = 15.0
-SAMPLE_S = 5.0
 TELL_S = 30.0
+# Of a long run; a short one goes through the same in less time.
 RELOAD_S = 60.0
-KILL_S = 120.0
-# Kills fall between two reloads, so that a lost connection can be told to come from one or the other.
-KILL_OFFSET_S = 30.0
+RELOADS = 9
 NEAR_S = 5.0
 # How long ledger and audit log may take to catch up after the load.
 DERIVED_S = 600.0
 GROWTH = 0.03
+# How many seconds of load more may wait to be derived at the end than at the beginning.
+BACKLOG_S = 5.0
 # Less of the load than this, and it was not the load that is claimed.
 SHARE_MET = 0.9
-RESULT = Path(".benchmarks/soak.json")
+# So many answers may be 503 because the machine was late; none may be lost.
+SHED = 0.001
+# One that is asked for while another is made is part of that one, and is not counted.
+RELOADS_MADE = 0.8
+POLICY = Path(__file__).resolve().parents[1] / "policies/default/base.cedar"
+CHANGED = '@id("soak-{number}")\nforbid (principal, action, resource == Creto::Host::"soak-{number}.invalid");\n'
+
+
+@dataclass(slots=True)
+class Reload:
+    """at: seconds. full: every process is replaced. number: the how-manieth it was to be for the controller."""
+
+    at: float
+    full: bool
+    number: int
 
 
 @dataclass(slots=True)
 class Course:
-    """What happened, in seconds since ``begun`` (Unix time). memory: (seconds, {process: resident bytes}).
-    roles: process -> what it is. reloadable: it caught SIGHUP.
-    """
+    """What happened, in seconds since ``begun`` (Unix time). backlog: bytes of journal not derived from yet. done: what
+    the controller last said of its reloads."""
 
-    memory: list[tuple[float, dict[int, int]]] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
     load: list[tuple[float, int, int]] = field(default_factory=list)
-    roles: dict[int, str] = field(default_factory=dict)
-    reloads: list[float] = field(default_factory=list)
+    backlog: list[tuple[float, int]] = field(default_factory=list)
+    reloads: list[Reload] = field(default_factory=list)
     kills: list[float] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    done: dict[str, Any] = field(default_factory=dict)
     begun: float = field(default_factory=time.time)
-    reloadable: bool = False
+
+    def renewed_at(self, at: float) -> float:
+        """When the controller had last become another program image, by then."""
+        return max((each.at for each in self.reloads if each.full and each.at <= at), default=0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """When what happens in a run of so many seconds."""
+
+    seconds: float
+
+    @property
+    def reload_s(self) -> float:
+        return min(RELOAD_S, self.seconds / RELOADS)
+
+    @property
+    def sample_s(self) -> float:
+        return self.reload_s / 12
+
+    @property
+    def kill_s(self) -> float:
+        return 2 * self.reload_s
+
+    @property
+    def warm_s(self) -> float:
+        """The age from which on processes of different generations are compared."""
+        return self.reload_s / 2
+
+    def full(self, at: float) -> bool:
+        """Whether a reload at that time replaces every process."""
+        return at < self.seconds / 3
 
 
 class Client:
@@ -131,23 +186,6 @@ def capacity(folder: Path, to: programs.Upstream, workers: int, seconds: float) 
     return float(answered / total)
 
 
-def reloads_on_hup(pid: int) -> bool:
-    """Whether the process catches SIGHUP; one that does not would end."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("SigCgt:"):
-            return bool(int(line.split()[1], 16) & 1 << (signal.SIGHUP - 1))
-    return False
-
-
-def resident(pid: int) -> dict[int, int]:
-    """Resident bytes of each process of the tree."""
-    found = {}
-    for process in tree(pid):
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            found[process] = int(Path(f"/proc/{process}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    return found
-
-
 def youngest(processes: set[int]) -> int | None:
     def begun(process: int) -> int:
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
@@ -157,69 +195,91 @@ def youngest(processes: set[int]) -> int | None:
     return max(processes, key=begun, default=None)
 
 
-def soak(sidecar: creto.Sidecar, client: Client, seconds: float, rate: float) -> Course:
+def soak(sidecar: creto.Sidecar, client: Client, plan: Plan, rate: float, policies: Path) -> Course:
     """Lets it run and disturbs it."""
-    course = Course(reloadable=reloads_on_hup(sidecar.pid))
-    killable = sidecar.workers > 1
-    sample, told, reload_at, kill_at = 0.0, 0.0, RELOAD_S, KILL_S - KILL_OFFSET_S
-    while (now := time.time() - course.begun) < seconds:
+    course = Course()
+    sample_at, told_at, reload_at = 0.0, 0.0, plan.reload_s
+    # Kills fall between two reloads, so that a lost connection can be told to come from one or the other.
+    kill_at = 1.5 * plan.reload_s
+    while (now := time.time() - course.begun) < plan.seconds:
         if client.process.poll() is not None:
             raise RuntimeError(f"the client ended with status {client.process.returncode}")
-        if not resident(sidecar.pid).get(sidecar.pid):
-            raise RuntimeError(f"creto ended by itself:\n{programs.tail(sidecar.config.with_name('log'))}")
-        if now >= sample:
-            sample += SAMPLE_S
-            memory = resident(sidecar.pid)
-            course.memory.append((now, memory))
-            course.load.append((now, client.last["answered"], client.last["p99_us"]))
-            course.roles.update(dict.fromkeys(memory, "worker"))
-            course.roles[sidecar.pid] = "controller" if sidecar.workers else "creto"
-        if now >= told:
-            told += TELL_S
-            tell(course, client, now, seconds, rate)
-        if course.reloadable and now >= reload_at:
-            reload_at += RELOAD_S
-            os.kill(sidecar.pid, signal.SIGHUP)
-            course.reloads.append(now)
-        if killable and now >= kill_at:
-            kill_at += KILL_S
+        if now >= sample_at:
+            sample_at += plan.sample_s
+            look(course, sidecar, client, now)
+        if now >= told_at:
+            told_at += TELL_S
+            tell(course, client, now, plan.seconds, rate)
+        if now >= reload_at:
+            reload_at += plan.reload_s
+            reload(course, sidecar, now, plan.full(now), policies)
+        if now >= kill_at:
+            kill_at += plan.kill_s
             victim = youngest(serving(sidecar.pid, sidecar.reverse) - {sidecar.pid})
             if victim is not None:
                 os.kill(victim, signal.SIGKILL)
                 course.kills.append(now)
-        time.sleep(0.25)
+        time.sleep(0.1)
+    confirm(course, sidecar)
     return course
 
 
+def look(course: Course, sidecar: creto.Sidecar, client: Client, now: float) -> None:
+    """Takes one sample. Raises RuntimeError when creto is gone."""
+    held = sample(sidecar.pid, now)
+    if sidecar.pid not in held.held:
+        raise RuntimeError(f"creto ended by itself:\n{programs.tail(sidecar.config.with_name('log'))}")
+    course.samples.append(held)
+    course.load.append((now, client.last["answered"], client.last["p99_us"]))
+    course.backlog.append((now, behind(sidecar.state)))
+
+
+def reload(course: Course, sidecar: creto.Sidecar, now: float, full: bool, policies: Path) -> None:
+    confirm(course, sidecar)
+    number = len(course.reloads) + 1
+    if not full:
+        (policies / "changed.cedar").write_text(CHANGED.format(number=number))
+    os.kill(sidecar.pid, signal.SIGHUP)
+    course.reloads.append(Reload(now, full, number))
+
+
+def confirm(course: Course, sidecar: creto.Sidecar) -> None:
+    """Notes what became of the reloads so far."""
+    try:
+        found = next(channel.call(path, "status") for path in controls(sidecar.state))
+    except (OSError, StopIteration) as error:
+        course.problems.append(
+            f"the controller did not answer {time.time() - course.begun:.0f} s after the start: {error!r}"
+        )
+        return
+    done = found["status"]["reload"]
+    if done["failed"] and done["count"] != course.done.get("count"):
+        course.problems.append(f"reload {done['count']} failed: {'; '.join(done['problems'])}")
+    course.done = done
+
+
 def tell(course: Course, client: Client, now: float, seconds: float, rate: float) -> None:
-    at, memory = course.memory[-1]
-    past = next((entry for entry in course.load if at - entry[0] <= TELL_S), course.load[-1])
-    speed = (course.load[-1][1] - past[1]) / max(1e-9, at - past[0])
-    kept = ", ".join(f"{course.roles[process]} {size >> 20} MiB" for process, size in memory.items())
+    last = course.samples[-1]
+    past = next((entry for entry in course.load if last.at - entry[0] <= TELL_S), course.load[-1])
+    speed = (course.load[-1][1] - past[1]) / max(1e-9, last.at - past[0])
+    kept = ", ".join(f"{role} {size >> 20} MiB" for role, size in sorted(last.by_role().items()))
     say(
         f"{int(now) // 60:3}:{int(now) % 60:02} of {int(seconds) // 60}:{int(seconds) % 60:02}  "
         f"{speed:,.0f} of {rate:,.0f} requests/s, p99 {client.last['p99_us'] / 1000:.1f} ms, "
-        f"{client.last['answered']:,} answered, {client.last['lost']} requests lost, "
-        f"{len(course.reloads)} reloads, {len(course.kills)} kills; {kept}"
+        f"{client.last['answered']:,} answered, {client.last['failed']} not by 200, {client.last['lost']} lost, "
+        f"{len(course.reloads)} reloads, {len(course.kills)} kills; "
+        f"{course.backlog[-1][1] >> 10:,} KiB to derive; {kept}"
     )
 
 
-def growth(course: Course, seconds: float) -> dict[str, dict[str, float]]:
-    """Median resident bytes in the first third and in the last: of all processes together, since a reload begins new
-    workers, and of each that lived on from the warm-up."""
-    warm = seconds / 6
-    kept = [(at, memory) for at, memory in course.memory if at >= warm]
-    if len(kept) < 6:
-        return {}
-    third = len(kept) // 3
-    names: dict[str, dict[str, float]] = {}
-    series = {"all processes": [sum(memory.values()) for _, memory in kept]}
-    for process in set.intersection(*(set(memory) for _, memory in kept)):
-        series[f"{course.roles[process]} {process}"] = [memory[process] for _, memory in kept]
-    for name, sizes in series.items():
-        first, last = statistics.median(sizes[:third]), statistics.median(sizes[-third:])
-        names[name] = {"first": first, "last": last, "growth": last / first - 1}
-    return names
+def growth(course: Course, plan: Plan, workers: int) -> dict[str, dict[str, Trend]]:
+    """How memory went while all processes were replaced every minute, compared at the same age; and then, while they
+    lived on. By role."""
+    last = max((each.at for each in course.reloads if each.full), default=0.0)
+    settled = [each for each in course.samples if each.settled(workers, course.renewed_at(each.at), plan.warm_s)]
+    replaced = [each for each in settled if plan.reload_s <= each.at < last]
+    living = [each for each in settled if each.at >= last + 2 * plan.reload_s]
+    return {"replaced": trends(replaced), "living": trends(living)}
 
 
 def unexplained(course: Course, found: Account) -> int:
@@ -230,22 +290,31 @@ def unexplained(course: Course, found: Account) -> int:
 def findings(
     course: Course,
     found: Account,
-    grown: dict[str, dict[str, float]],
+    grown: dict[str, dict[str, Trend]],
     slow: dict[str, Any],
+    late_s: tuple[float, float],
     rate: float,
     seconds: float,
 ) -> list[str]:
     """What must not have happened, each as a sentence; empty when all is well."""
-    problems = list(found.problems)
+    problems = [*course.problems, *found.problems]
     if found.answered < SHARE_MET * rate * seconds:
         problems.append(f"only {found.answered:,} requests were answered, {rate * seconds:,.0f} were to be sent")
+    if (shed := found.refused.get("503", 0)) > SHED * found.answered:
+        problems.append(f"{shed:,} requests were turned away with 503")
     problems += [
-        f"{name} grew by {each['growth']:.1%}, from {each['first'] / 2**20:.1f} to {each['last'] / 2**20:.1f} MiB"
-        for name, each in grown.items()
-        if each["growth"] > GROWTH
+        f"{role} ({phase}) grew by {trend.growth:.1%}, from {trend.first / 2**20:.1f} to {trend.last / 2**20:.1f} MiB"
+        for phase, roles in grown.items()
+        for role, trend in roles.items()
+        if trend.growth > GROWTH
     ]
-    if not grown:
-        problems.append("too short to tell whether memory grows")
+    problems += [f"too short to tell whether memory grows ({phase})" for phase, roles in grown.items() if not roles]
+    if late_s[1] > late_s[0] + BACKLOG_S:
+        problems.append(
+            f"what is derived was {late_s[0]:.1f} s behind in the first third and {late_s[1]:.1f} s in the last"
+        )
+    if (made := course.done.get("count", 0)) < RELOADS_MADE * len(course.reloads):
+        problems.append(f"{len(course.reloads)} reloads were asked for, {made} made")
     if broken := unexplained(course, found):
         problems.append(f"{broken} connections broke under a request although no worker had been killed")
     if slow["stuck"]:
@@ -253,6 +322,13 @@ def findings(
     if slow["slow_bytes_read"] < 1 << 20:
         problems.append(f"slow readers got only {slow['slow_bytes_read']:,} bytes")
     return problems
+
+
+def lateness(course: Course, bytes_per_s: float) -> tuple[float, float, float]:
+    """Seconds of load that waited to be derived: median of the first third, of the last, and the most."""
+    waited = [size / bytes_per_s for _, size in course.backlog]
+    third = max(1, len(waited) // 3)
+    return statistics.median(waited[:third]), statistics.median(waited[-third:]), max(waited)
 
 
 @contextlib.contextmanager
@@ -268,40 +344,47 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--capacity-seconds", type=float, default=CAPACITY_S)
+    parser.add_argument(
+        "--rate", type=float, default=0.0, help="requests/s; 0: 70 %% of the capacity, which is measured"
+    )
+    parser.add_argument("--draft", action="store_true", help="keep and write everything in .benchmarks/draft instead")
     options = parser.parse_args()
-    seconds = options.minutes * 60
+    places = report.DRAFT if options.draft else report.PUBLISHED
+    places.kept.mkdir(parents=True, exist_ok=True)
+    plan = Plan(options.minutes * 60)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
     programs.most_files()
     with workspace() as folder:
-        to_files = folder / "upstream"
-        with programs.upstream(to_files, cpu=None) as to:
+        with programs.upstream(folder / "upstream", cpu=None) as to:
             (to.files / "large").write_bytes(bytes(4 << 20))
-            full = capacity(folder / "capacity", to, options.workers, options.capacity_seconds)
+            full = options.rate / SHARE or capacity(folder / "capacity", to, options.workers, options.capacity_seconds)
             rate = full * SHARE
-            with creto.sidecar(folder / "creto", to, workers=options.workers, cpu=None) as sidecar:
-                say(f"{seconds / 60:g} minutes at {rate:,.0f} requests/s over {CONNECTIONS} connections")
+            policies = folder / "policies"
+            policies.mkdir()
+            shutil.copy(POLICY, policies)
+            more = f'[policy]\ndir = "{policies}"\n'
+            with creto.sidecar(folder / "creto", to, workers=options.workers, cpu=None, more=more) as sidecar:
+                say(f"{options.minutes:g} minutes at {rate:,.0f} requests/s over {CONNECTIONS} connections")
                 client = Client(sidecar, rate, folder / "steady.log")
                 slow = SlowClients(sidecar.peer())
                 slow.start()
                 try:
-                    course = soak(sidecar, client, seconds, rate)
+                    course = soak(sidecar, client, plan, rate, policies)
                 finally:
                     totals = client.stop()
                     slow.stop()
                 say("stopped; waiting for ledger and audit log")
                 await_derived(sidecar.state, DERIVED_S)
                 left, state = behind(sidecar.state), sidecar.state
+        journal = sum(written(path) for path in (state / "journal").glob("*.jnl"))
         found = account(state, folder / "steady.log", say)
-        log = programs.tail(folder / "creto" / "log", 20)
-    grown = growth(course, seconds)
+        log = (folder / "creto" / "log").read_text(errors="replace")
+    (places.kept / "soak.log").write_text(log)
+    grown = growth(course, plan, options.workers)
     if left:
         found.problems.append(f"{left:,} bytes of the journal were not derived from {DERIVED_S:g} s after the load")
-    problems = findings(course, found, grown, slow.result(), rate, seconds)
-    skipped = []
-    if not course.reloadable:
-        skipped.append("no reloads: this creto does not catch SIGHUP")
-    if not sidecar.workers:
-        skipped.append("no worker was killed: this creto has no workers")
+    late_s = lateness(course, journal / max(1, found.journal.count) * rate)
+    problems = findings(course, found, grown, slow.result(), late_s[:2], rate, plan.seconds)
     document = {
         "conditions": conditions(f"make soak MINUTES={options.minutes:g}"),
         "minutes": options.minutes,
@@ -312,27 +395,26 @@ def main() -> int:
         "connections": CONNECTIONS,
         "client": totals,
         "account": found.document(),
-        "growth": grown,
+        "growth": {phase: {role: each.document() for role, each in roles.items()} for phase, roles in grown.items()},
+        "mapped_journal": max(each.journal for sample in course.samples for each in sample.held.values()),
+        "late_s": late_s,
         "slow_clients": slow.result(),
-        "reloads": course.reloads,
+        "reloads_made": course.done.get("count", 0),
+        "reloads": [{"at": each.at, "full": each.full} for each in course.reloads],
         "kills": course.kills,
         "unexplained_breaks": unexplained(course, found),
-        "memory": [
-            {"at": round(at, 1), "bytes": {f"{course.roles[pid]} {pid}": size for pid, size in memory.items()}}
-            for at, memory in course.memory
-        ],
+        "memory": [{"at": round(each.at, 1), "bytes": each.by_role()} for each in course.samples],
         "load": course.load,
-        "skipped": skipped,
+        "backlog": course.backlog,
         "problems": problems,
     }
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps(document, indent=1))
-    report.write()
-    for line in (*skipped, *problems):
+    places.soak.write_text(json.dumps(document, indent=1))
+    report.write(places)
+    for line in problems:
         say(line)
-    if problems and log:
-        print(log, file=sys.stderr)
-    say("soak: " + ("FAILED" if problems else "held") + f"; {RESULT}, {report.PAGE}")
+    if problems:
+        print("\n".join(log.splitlines()[-20:]), file=sys.stderr)
+    say("soak: " + ("FAILED" if problems else "held") + f"; {places.soak}, {places.page}")
     return 1 if problems else 0
 
 

@@ -1,6 +1,6 @@
 """Runs the questions, writes .benchmarks/peers.json and, from it, docs/performance.md and its plots.
 
-    python -m peers [--rounds 5] [--seconds 4] [--only cpu,tls,...]
+    python -m peers [--rounds 5] [--seconds 4] [--only cpu,tls,...] [--draft]
 
 A question that is not run keeps the answer it had. Ends with 1 when a check failed: an inexact quota, an answer that is
 not a 200.
@@ -42,6 +42,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=4.0)
     parser.add_argument("--only", default="", help=f"some of {','.join(QUESTIONS)}; report: only write the page again")
     parser.add_argument("--connections", type=int, default=10_000, help="idle connections")
+    parser.add_argument("--draft", action="store_true", help="keep and write everything in .benchmarks/draft instead")
     parser.add_argument("--quota", type=int, default=1_000_000, help="requests that the contended budget admits")
     return parser.parse_args()
 
@@ -53,6 +54,7 @@ def main() -> int:
         print(f"no such question: {', '.join(sorted(unknown))}; there are {', '.join(QUESTIONS)}", file=sys.stderr)
         return 2
     settings = Settings(options.rounds, options.seconds, options.connections, options.quota)
+    places = report.DRAFT if options.draft else report.PUBLISHED
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
     command = f"make bench-peers ROUNDS={options.rounds} SECONDS={options.seconds:g}"
     command += f" ONLY={options.only}" if options.only else ""
@@ -78,10 +80,10 @@ def main() -> int:
             say(problem)
         for reason in result.get("missing", ()):
             say(f"left out: {reason}")
-        keep(name, {"conditions": where, "versions": versions(), **result})
-    for line in report.write():
+        keep(places, name, {"conditions": where, "versions": versions(), **result})
+    for line in report.write(places):
         print(line)
-    say(f"{report.PAGE}, {report.PEERS}")
+    say(f"{places.page}, {places.peers}")
     for problem in failed:
         print(f"FAILED: {problem}", file=sys.stderr)
     return 1 if failed else 0
@@ -104,13 +106,13 @@ def wrong(name: str, result: dict[str, Any]) -> str:
     return f"{name}: errors from {', '.join(sorted({row['name'] for row in rows}))}" if rows else ""
 
 
-def keep(name: str, answer: dict[str, Any]) -> None:
-    known = json.loads(report.PEERS.read_text()) if report.PEERS.exists() else {}
+def keep(places: report.Places, name: str, answer: dict[str, Any]) -> None:
+    known = json.loads(places.peers.read_text()) if places.peers.exists() else {}
     known[name] = answer
-    report.PEERS.parent.mkdir(exist_ok=True)
-    beside = report.PEERS.with_suffix(".new")
+    places.kept.mkdir(parents=True, exist_ok=True)
+    beside = places.peers.with_suffix(".new")
     beside.write_text(json.dumps(known, indent=1))
-    os.replace(beside, report.PEERS)
+    os.replace(beside, places.peers)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ set.
 from __future__ import annotations
 
 import contextlib
+import os
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from creto_proxy.audit import decode
 
 Say = Callable[[str], None]
 _MODULUS = 1 << 128
+_BLOCK = 1 << 16
 
 
 @dataclass(slots=True)
@@ -72,15 +74,29 @@ class Account:
 
 def behind(state: Path) -> int:
     """Bytes of the journal that ledger or audit log have not derived from yet."""
-    sizes = {path.name: path.stat().st_size for path in segments(state / "journal")}
+    sizes = {path.name: written(path) for path in segments(state / "journal")}
     waiting = 0
     for database, query in (
         (state / "metering.db", "SELECT segment, position FROM cursor"),
         (state / "audit" / "index.db", "SELECT source, upto FROM sources"),
     ):
         done = dict(_rows(database, query))
-        waiting = max(waiting, sum(size - done.get(name, 0) for name, size in sizes.items()))
+        waiting = max(waiting, sum(max(0, size - done.get(name, 0)) for name, size in sizes.items()))
     return waiting
+
+
+def written(path: Path) -> int:
+    """Where the last frame of a segment ends: room that was made for more is zero. A frame that ends in zeros seems
+    shorter by them, which is less than any frame."""
+    with path.open("rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        while end:
+            begin = max(0, end - _BLOCK)
+            file.seek(begin)
+            if data := file.read(end - begin).rstrip(b"\0"):
+                return begin + len(data)
+            end = begin
+    return 0
 
 
 def await_derived(state: Path, patience_s: float) -> bool:

@@ -1,6 +1,7 @@
 """What CPU does a governed request cost (identity, policy, quota, meter, journal on) beside what governs nothing?
 
 GET of 1 KiB over 64 kept-alive connections and over one, and a chat completion of 1.9 KiB with an SDK's fields over 16.
+The first also with all of creto's processes on the core that the other proxies have for their one.
 Baselines: nginx proxy_pass, haproxy, mitmproxy, an aiohttp proxy, and for the completion LiteLLM.
 """
 
@@ -42,6 +43,7 @@ CHAT = json.dumps(
     }
 )
 GETS = (Load("GET 1 KiB, 64 connections", 64), Load("GET 1 KiB, 1 connection", 1))
+TOGETHER = "creto, controller on the same core"
 COMPLETION = Load("POST chat completion 1.9 KiB, 16 connections", 16, "/v1/chat/completions", SDK_FIELDS, CHAT)
 
 
@@ -50,6 +52,7 @@ def measure(folder: Path, settings: Settings, say: Say) -> dict[str, Any]:
     with ExitStack() as stack:
         to = stack.enter_context(programs.upstream(folder / "upstream"))
         sidecar = stack.enter_context(creto.sidecar(folder / "creto", to))
+        whole = stack.enter_context(creto.sidecar(folder / "creto-together", to, together=True))
         rivals = started(
             stack,
             missing,
@@ -61,7 +64,7 @@ def measure(folder: Path, settings: Settings, say: Say) -> dict[str, Any]:
         client = Client(folder, to.pid)
         loads = []
         for load in GETS:
-            peers = [*rivals, sidecar.peer()]
+            peers = [*rivals, sidecar.peer(), *([whole.peer(TOGETHER)] if load is GETS[0] else [])]
             loads.append({"title": load.title, "rows": compare(client, peers, load, *settings.rounds_of(say))})
         models = started(stack, missing, programs.litellm(folder / "litellm", to))
         peers = [*rivals, *models, sidecar.peer(prefix="/llm")]

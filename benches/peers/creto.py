@@ -102,8 +102,14 @@ def sidecar(
     limit: int = PLENTY,
     window: str = "day",
     cpu: int | None = harness.PROXY_CPU,
+    together: bool = False,
+    more: str = "",
 ) -> Iterator[Sidecar]:
-    """limit, window: of the budgets of requests, one on each level. tls: the upstream is reached by TLS."""
+    """limit, window: of the budgets of requests, one on each level. tls: the upstream is reached by TLS.
+
+    cpu: the core of the workers. Their controller, which derives ledger and audit log, runs on that of client and
+    upstream, or with them when ``together``. more: further sections of the configuration.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     explicit, reverse, config = harness.free_port(), harness.free_port(), folder / "creto.toml"
     config.write_text(
@@ -117,6 +123,7 @@ def sidecar(
             scheme="https" if tls else "http",
             budgets="".join(BUDGET.format(level=level, limit=limit, window=window) for level in LEVELS),
         )
+        + more
     )
     several = ["--workers", str(workers)] if knows_workers() else []
     command = [*creto(), "--config", str(config), "sidecar", *several]
@@ -127,5 +134,13 @@ def sidecar(
             # The listener is there before the workers are; what they do to begin is not what is measured.
             with open_connection(running.peer()) as sock:
                 get(sock, running.peer())
+        if several and cpu is not None and not together:
+            move(pid, harness.CLIENT_CPU)
         settle(pid)
         yield running
+
+
+def move(process: int, cpu: int) -> None:
+    """Has every thread of the process run on that core alone, and so those that they begin; not its children."""
+    for task in Path(f"/proc/{process}/task").iterdir():
+        os.sched_setaffinity(int(task.name), {cpu})

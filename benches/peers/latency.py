@@ -17,6 +17,8 @@ from peers.settings import Settings, started
 CONNECTIONS = (1, 50)
 # The constant rate, as a share of what the slowest peer answered as fast as it could.
 SHARE = 0.4
+# A percentile of one round at that rate hangs on a few dozen requests and on what the machine did meanwhile.
+STEADY_ROUNDS = 3
 
 
 def measure(folder: Path, settings: Settings, say: Say) -> dict[str, Any]:
@@ -49,15 +51,13 @@ def steady(
 ) -> list[dict[str, Any]]:
     """Rows of percentiles over alternating rounds at a constant rate."""
     taken: dict[str, list[tuple[list[int], float, int]]] = {peer.name: [] for peer in peers}
-    for turn in range(settings.rounds):
+    turns = STEADY_ROUNDS * settings.rounds
+    for turn in range(turns):
         for peer in peers if turn % 2 == 0 else list(reversed(peers)):
             done, times = client.h2load(peer, connections, rate, settings.seconds)
             taken[peer.name].append((times, done.foreign, done.errors))
             p99 = quantile(times, 0.99)
-            say(
-                f"{title}, round {turn + 1}/{settings.rounds}: {peer.name:18} p99 {p99:,.0f} us "
-                f"of {len(times):,} requests"
-            )
+            say(f"{title}, round {turn + 1}/{turns}: {peer.name:18} p99 {p99:,.0f} us of {len(times):,} requests")
     rows = []
     for name, rounds in taken.items():
         row: dict[str, Any] = {"name": name, "errors": sum(errors for *_, errors in rounds)}

@@ -4,40 +4,66 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import plots
 
 from peers.bars import Bar, bars
+from peers.cpu import TOGETHER
 from peers.markdown import bullets, grid, prose
 from peers.sections import SECTIONS, soak_section
 
 ROOT = Path(__file__).resolve().parents[2]
-PEERS, SOAK = ROOT / ".benchmarks/peers.json", ROOT / ".benchmarks/soak.json"
-PAGE = ROOT / "docs/performance.md"
-CPU_PLOT, SOAK_PLOT = ROOT / "docs/performance.svg", ROOT / "docs/performance-soak.svg"
+CPU_PLOT, SOAK_PLOT = "performance.svg", "performance-soak.svg"
 # More of the machine used by others than this, and a figure is not to be quoted.
 NOISY = 0.05
 
 Row = dict[str, Any]
 
 
-def write() -> list[str]:
+@dataclass(frozen=True, slots=True)
+class Places:
+    """kept: the folder of what was measured. docs: that of the page and its plots."""
+
+    kept: Path
+    docs: Path
+
+    @property
+    def peers(self) -> Path:
+        return self.kept / "peers.json"
+
+    @property
+    def soak(self) -> Path:
+        return self.kept / "soak.json"
+
+    @property
+    def page(self) -> Path:
+        return self.docs / "performance.md"
+
+
+PUBLISHED = Places(ROOT / ".benchmarks", ROOT / "docs")
+DRAFT = Places(ROOT / ".benchmarks/draft", ROOT / ".benchmarks/draft")
+
+
+def write(places: Places = PUBLISHED) -> list[str]:
     """Writes page and plots; gives the table of bars as lines for a terminal."""
-    answers = json.loads(PEERS.read_text()) if PEERS.exists() else {}
-    soak = json.loads(SOAK.read_text()) if SOAK.exists() else None
+    places.docs.mkdir(parents=True, exist_ok=True)
+    answers = json.loads(places.peers.read_text()) if places.peers.exists() else {}
+    soak = json.loads(places.soak.read_text()) if places.soak.exists() else None
     found = bars(answers, soak)
     panels = list(cpu_panels(answers))
     if panels:
-        CPU_PLOT.write_text(plots.bars("CPU per request, by proxy", "microseconds per request (log scale)", panels))
+        plot = plots.bars("CPU per request, by proxy", "microseconds per request (log scale)", panels)
+        (places.docs / CPU_PLOT).write_text(plot)
     if soak:
-        SOAK_PLOT.write_text(soak_plot(soak))
+        (places.docs / SOAK_PLOT).write_text(soak_plot(soak))
     lines = [*opening(answers, found, bool(panels)), *conditions(answers, soak), *method()]
     for section in SECTIONS:
         lines += section(answers)
     lines += soak_section(soak)
-    PAGE.write_text("\n".join(lines).rstrip("\n") + "\n")
+    places.page.write_text("\n".join(lines).rstrip("\n") + "\n")
     return terminal(found)
 
 
@@ -72,7 +98,7 @@ def opening(answers: Row, found: Sequence[Bar], plotted: bool) -> Iterator[str]:
         yield from prose("Not decided:")
         yield from bullets([f"{bar.what}: {bar.by or bar.measured}." for bar in unknown])
     if plotted:
-        yield f"![CPU per request by proxy, logarithmic scale]({CPU_PLOT.name})"
+        yield f"![CPU per request by proxy, logarithmic scale]({CPU_PLOT})"
         yield ""
 
 
@@ -122,11 +148,13 @@ def method() -> Iterator[str]:
     yield ""
     yield from prose(
         "Every proxy is started first; then rounds alternate between them, forwards and backwards. Client (`wrk",
-        "-t1`) and upstream (nginx, a constant answer) are pinned to the first core, each proxy with all its",
-        "processes and threads to the second. CPU per request is the run time of the proxy's whole process tree",
-        "(`/proc/PID/task/TID/schedstat`) over the requests it answered. Figures are medians over the rounds with",
-        "the least and the most of them; *foreign* is the share of the machine that none of client, upstream and",
-        "proxy used.",
+        "-t1`) and upstream (nginx, a constant answer) are pinned to the first core, what carries requests to the",
+        "second: each proxy with all its processes and threads, Creto with its worker. Creto's controller, which",
+        "derives ledger and audit log and carries no request, runs on the first core beside client and upstream; one",
+        "row says what it costs when it shares the second with the worker. CPU per request is the run time of the",
+        "proxy's whole process tree (`/proc/PID/task/TID/schedstat`), on whichever core, over the requests it",
+        "answered. Figures are medians over the rounds with the least and the most of them; *foreign* is the share of",
+        "the machine that none of client, upstream and proxy used.",
     )
     yield from prose(
         "`creto sidecar` runs as installed: identity, the default Cedar policy, a budget of requests on each of",
@@ -144,6 +172,8 @@ def cpu_panels(answers: Row) -> Iterator[plots.Panel]:
         for load in answers.get(question, {}).get("loads", []):
             found = []
             for row in sorted(load["rows"], key=lambda row: float(row["served_us"][0])):
+                if row["name"] == TOGETHER:
+                    continue
                 ours = row["name"] == "creto"
                 name = "creto, on the path" if ours else row["name"]
                 found.append(bar_of(name, row["served_us"], ours))
@@ -159,10 +189,15 @@ def bar_of(name: str, values: Sequence[float], ours: bool) -> plots.Bar:
 def soak_plot(soak: Row) -> str:
     series: dict[str, list[tuple[float, float]]] = {}
     for sample in soak["memory"]:
-        for name, size in sample["bytes"].items():
-            series.setdefault(name, []).append((sample["at"] / 60, size / 2**20))
-    # Those that lived longest: a worker that was killed and begun again would be a line each time.
-    longest = sorted(series, key=lambda name: -len(series[name]))[:6]
-    marks = [(at / 60, plots.RED) for at in soak["kills"]] + [(at / 60, plots.FAINT) for at in soak["reloads"]]
-    lines = [plots.Line(name, series[name]) for name in longest]
-    return plots.lines("Resident memory while it runs", "MiB; grey: reload, red: a worker killed", lines, marks)
+        for role, size in sample["bytes"].items():
+            series.setdefault(role, []).append((sample["at"] / 60, size / 2**20))
+    fitted = [
+        plots.Line(role, [(trend["begin"] / 60, trend["first"] / 2**20), (trend["end"] / 60, trend["last"] / 2**20)])
+        for phase in soak["growth"].values()
+        for role, trend in phase.items()
+    ]
+    marks = [(at / 60, plots.RED) for at in soak["kills"]]
+    marks += [(each["at"] / 60, plots.FAINT) for each in soak["reloads"] if each["full"]]
+    lines = [plots.Line(role, series[role]) for role in sorted(series) if role != "other"]
+    unit = "MiB; grey: all processes replaced, red: a worker killed; black: fitted where nothing drains"
+    return plots.lines("Resident memory while it runs, by role", unit, lines, marks, fitted)

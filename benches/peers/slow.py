@@ -15,8 +15,9 @@ READERS = 4
 BYTE_EVERY_S = 1.0
 READ_BYTES = 4096
 READ_EVERY_S = 0.1
-# A head may take 30 s by default; a cut after that is noticed with the next byte.
-CUT_WITHIN_S = 45.0
+# A head may take 30 s by default from when a worker accepts the connection, for which one whose worker was killed waits
+# until there is another; a cut is noticed with the next byte.
+CUT_WITHIN_S = 60.0
 
 
 class SlowClients:

@@ -18,6 +18,7 @@ def measure(folder: Path, settings: Settings, say: Say) -> dict[str, Any]:
     if not (BENCHES / "bench_sse.py").exists():
         say("there is no benches/bench_sse.py")
         return {"rows": []}
+    rounds, seconds = str(settings.rounds), str(settings.seconds)
     rows = [
         {
             "name": f"{way}, {plural(bench['params']['streams'], 'stream')}",
@@ -27,7 +28,7 @@ def measure(folder: Path, settings: Settings, say: Say) -> dict[str, Any]:
             "added_p50_us": middle(values["added_p50_us"]),
             "added_p99_us": middle(values["added_p99_us"]),
         }
-        for bench in run("bench_sse.py", folder)
+        for bench in run("bench_sse.py", folder, CRETO_BENCH_ROUNDS=rounds, CRETO_BENCH_SECONDS=seconds)
         for way, values in bench["extra_info"].items()
     ]
     for row in rows:

@@ -345,7 +345,7 @@ class Controller:
     async def _hand_over(self, why: Command, control: socket.socket) -> Handover:
         """Lets go of everything in such a way that the next image can take it up. The workers serve on."""
         signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
-        self._crew.freeze()
+        await self._crew.freeze()
         await asyncio.to_thread(self._replay.stop, keep=True)
         await self._seeing.stop(keep=True)
         await self._backstage.stop()

@@ -183,15 +183,17 @@ class Crew:
             lock=lock,
         )
         try:
-            process = await launch(order, ours, self._heard)
+            process = launch(order)
         except OSError:
             ours.close()
             self._replay.ended(journal)
             raise
         finally:
             theirs.close()
+        # Known before anything is awaited: whatever happens meanwhile, it is told, reaped and handed over.
         self._all.append(process)
         process.watch(self._over)
+        await process.connect(ours, self._heard)
         return process
 
     # -- what workers say and how they end
@@ -283,7 +285,7 @@ class Crew:
 
     async def stop(self, hurry: asyncio.Event) -> None:
         """Drains all, within the configured time; at once when ``hurry`` is set meanwhile."""
-        self.freeze()
+        await self.freeze()
         grace_s = self._config.limits.drain_s
         self._drain(grace_s)
         await self._until(lambda: not self._all or hurry.is_set(), grace_s + END_S)
@@ -295,13 +297,12 @@ class Crew:
             process.kill()
         await self._until(lambda: not self._all, END_S)
 
-    def freeze(self) -> None:
-        """From now on nobody is started in place of one that ends."""
+    async def freeze(self) -> None:
+        """From now on nobody is started in place of one that ends; who was just being started is there."""
         self._stopping = True
         for timer in self._respawns.values():
             timer.cancel()
-        for task in self._tasks:
-            task.cancel()
+        await asyncio.gather(*self._tasks)
 
     def _drain(self, grace_s: float) -> None:
         for process in self._all:

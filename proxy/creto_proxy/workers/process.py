@@ -70,8 +70,11 @@ class Process:
             os.kill(self.pid, signal.SIGKILL)  # not reaped yet, so the pid is still its own
 
     def handed_over(self) -> Inherited:
-        """For the next image. Nothing is heard from it here any more."""
-        link, received = self.channel.detach()
+        """For the next image, which has to reap it too should it be ending. Nothing is heard from it here any more."""
+        try:
+            link, received = self.channel.detach()
+        except BrokenPipeError:
+            link, received = _silent(), b""
         return Inherited(
             slot=self.slot,
             serial=self.serial,
@@ -102,11 +105,17 @@ class Process:
         )
 
 
-async def launch(order: Order, ours: socket.socket, heard: Callable[[Process, Message], None]) -> Process:
-    """Starts the worker of ``order`` and listens to it on ``ours``. Raises OSError."""
-    process = Process(order.slot, order.serial, started(order), order.generation, order.journal, order.lock)
-    await process.connect(ours, heard)
-    return process
+def launch(order: Order) -> Process:
+    """Starts the worker of ``order``, which is yet to be connected. Raises OSError."""
+    return Process(order.slot, order.serial, started(order), order.generation, order.journal, order.lock)
+
+
+def _silent() -> int:
+    """A descriptor that reads as the link of a worker that has closed its end."""
+    ours, theirs = socket.socketpair()
+    theirs.close()
+    ours.setblocking(False)
+    return ours.detach()
 
 
 async def adopted(inherited: Inherited, heard: Callable[[Process, Message], None]) -> Process:
