@@ -8,12 +8,13 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 TESTS  ?= tests
+JOBS   ?= 2
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 # The environment is rebuilt when one of these changes, and only then.
-BUILD  := pyproject.toml setup.py $(wildcard ext/creto_hotpath/*.pyx ext/creto_hotpath/*.pxd ext/creto_hotpath/*.h)
+BUILD  := pyproject.toml setup.py $(wildcard ext/creto_hotpath/*.pyx ext/creto_hotpath/*.pxd ext/creto_hotpath/*.h ext/creto_hotpath/*_py.py)
 # Programs the tests drive; the left side is the command looked for, the right side the Debian package.
-TOOLS  := nft=nftables nginx=nginx-light wrk=wrk node=nodejs git=git curl=curl openssl=openssl ip=iproute2 promtool=prometheus h2load=nghttp2-client
+TOOLS  := nft=nftables nginx=nginx-light wrk=wrk node=nodejs git=git curl=curl openssl=openssl ip=iproute2 promtool=prometheus h2load=nghttp2-client systemd-analyze=systemd
 APT    := DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends
 # What Creto is measured beside, and with; Python programs get an environment each, named after their package.
 RIVALS := nginx=nginx-light haproxy=haproxy wrk=wrk h2load=nghttp2-client openssl=openssl
@@ -43,8 +44,9 @@ help:
 run: $(VENV)/.installed-demo
 	@$(BIN)/python examples/demo/run.py $(ARGS)
 
+# Test files side by side, as many as there are JOBS: most of what tests do is wait for other processes.
 test: deps lint
-	$(BIN)/python -m pytest $(TESTS) $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(TESTS) $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -135,7 +137,7 @@ wheel: $(VENV)/.installed-dev
 	$(BIN)/python -m build -q
 	$(PYTHON) -m venv $(VENV)-wheel
 	$(VENV)-wheel/bin/python -m pip install -q --disable-pip-version-check "$$(echo dist/*.whl)[dev]"
-	$(VENV)-wheel/bin/python -m pytest $(TESTS) $(ARGS)
+	$(VENV)-wheel/bin/python -m pytest -n $(JOBS) --dist loadfile $(TESTS) $(ARGS)
 
 clean:
 	rm -rf build dist $(VENV) $(VENV)-wheel *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks

@@ -8,10 +8,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from creto_proxy.testing import FakeClock
 
 ROOT = Path(__file__).resolve().parents[1]
+
+# How long an example takes says something of the machine only.
+settings.register_profile("creto", settings.default, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("creto")
 
 
 @pytest.fixture

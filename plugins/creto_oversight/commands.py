@@ -19,21 +19,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from creto_oversight.approvers import Directory
-from creto_oversight.desk import Caps, Desk
-from creto_oversight.engine import CommandRefused
 from creto_oversight.notify import SilentNotifier, printable, utc, where
-from creto_oversight.owners import OWNERS, Owner
 from creto_oversight.requests import SECOND_NS, ApprovalRequest
 from creto_oversight.states import OPEN, State
-from creto_oversight.store import DATABASE, Line, Store, StoreUnavailable
 
 if TYPE_CHECKING:
+    from creto_oversight.approvers import Directory
+    from creto_oversight.desk import Desk
+    from creto_oversight.store import Line, Store
     from creto_proxy.cli import Operator
 
 BODY_SHOWN = 16_384
-# Commands make no requests, so the caps on making them do not matter here.
-_NO_CAPS = Caps(1, 1, 1, 1)
 
 
 class _Refused(click.ClickException):
@@ -309,13 +305,19 @@ def _who(name: str) -> str:
 
 @contextmanager
 def _desk(operator: Operator) -> Iterator[Desk]:
+    from creto_oversight.desk import Caps, Desk
+    from creto_oversight.owners import OWNERS, Owner
+
+    no_caps = Caps(1, 1, 1, 1)  # commands make no requests, so the caps on making them do not matter
     with _store(operator) as store:
-        owner = Owner(operator.state_dir / OWNERS)
-        yield Desk(store, owner, _NO_CAPS, _WallClock(), SilentNotifier())
+        yield Desk(store, Owner(operator.state_dir / OWNERS), no_caps, _WallClock(), SilentNotifier())
 
 
 @contextmanager
 def _store(operator: Operator) -> Iterator[Store]:
+    from creto_oversight.engine import CommandRefused
+    from creto_oversight.store import DATABASE, Store, StoreUnavailable
+
     path = operator.state_dir / DATABASE
     if not path.exists():
         raise _Unknown(f"No agent has ever asked for approval here ({path} does not exist); see --state-dir.")

@@ -69,7 +69,7 @@ log = logging.getLogger("creto")
 DELEGATION_TTL_S = 900
 # A revocation takes effect within a second, also on connections that are open: this, and ``express.LEASE_S``.
 REVOCATION_CHECK_S = 0.5
-SYNC_INTERVAL_S = 0.005
+SYNC_INTERVAL_S = 0.01
 SYNC_REST = 4
 SWITCH_INTERVAL_S = 0.0005
 
@@ -378,34 +378,39 @@ async def _finish(service: Service) -> None:
 
 class Syncer:
     """Forces the journal onto the disk every few milliseconds while there is something new, in a thread of its own:
-    what is written survives a killed process at once, a dead machine a moment later."""
+    what is written survives a killed process at once, a dead machine a moment later. It sleeps while nothing is."""
 
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
         self._stop = threading.Event()
+        self._dirty = threading.Event()
         self._thread = threading.Thread(target=self._run, name="creto-sync", daemon=True)
 
     def start(self) -> None:
+        self._recorder.journal.dirtied = self._dirty.set
+        if self._recorder.dirty:
+            self._dirty.set()
         self._thread.start()
 
     def stop(self) -> None:
         self._stop.set()
+        self._dirty.set()
         self._thread.join()
 
     def _run(self) -> None:
         pause = SYNC_INTERVAL_S
-        while not self._stop.wait(pause):
-            pause = SYNC_INTERVAL_S
-            if self._recorder.dirty:
-                started = time.monotonic()
-                try:
-                    self._recorder.sync()
-                except OSError as error:
-                    log.error("the journal could not be synced: %s", error)
-                    pause = 1.0
-                    continue
-                # A disk that is slow gets larger batches instead of no rest.
-                pause = max(SYNC_INTERVAL_S, SYNC_REST * (time.monotonic() - started))
+        while self._dirty.wait() and not self._stop.wait(pause):
+            self._dirty.clear()
+            started = time.monotonic()
+            try:
+                self._recorder.sync()
+            except OSError as error:
+                log.error("the journal could not be synced: %s", error)
+                pause = 1.0
+                self._dirty.set()
+                continue
+            # A disk that is slow gets larger batches instead of no rest.
+            pause = max(SYNC_INTERVAL_S, SYNC_REST * (time.monotonic() - started))
 
 
 def relay_limits(config: Config) -> RelayLimits:

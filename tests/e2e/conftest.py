@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -38,6 +39,9 @@ forbid (principal, action == Creto::Action::"httpWrite", resource == Creto::Host
 unless { context has approval && context.approval.satisfied && context.approval.fingerprint == context.fingerprint };
 """
 
+# On a machine that is slow or busy nothing is refused for that, but where a test is about it.
+PATIENT = {"CRETO_LIMITS__STAGE_DEADLINE_MS": "5000", "CRETO_PROTECT__SHED_LAG_MS": "0"}
+
 
 @dataclass
 class Result:
@@ -67,11 +71,12 @@ class Creto:
     policies: Path
     state: Path
     environment: dict[str, str]
+    started: list[subprocess.Popen[str]] = field(default_factory=list, kw_only=True)
 
     def command(self, *arguments: str) -> list[str]:
         return [sys.executable, "-m", "creto_proxy", "--config", str(self.config), *arguments]
 
-    def call(self, *arguments: str, timeout: float = 30) -> subprocess.CompletedProcess[str]:
+    def call(self, *arguments: str, timeout: float = 100) -> subprocess.CompletedProcess[str]:
         """Any sub-command, from a process of its own, as an operator would type it."""
         return subprocess.run(
             self.command(*arguments), env=self.environment, capture_output=True, text=True, timeout=timeout, check=False
@@ -81,7 +86,7 @@ class Creto:
         report = ["--report", "json", "--report-file", str(self.directory / "report.json")]
         return self.command("run", "--policy", str(self.policies), "--name", "tester", *report, *options, "--", *argv)
 
-    def run(self, argv: Sequence[str], *options: str, timeout: float = 60, **environment: str) -> Result:
+    def run(self, argv: Sequence[str], *options: str, timeout: float = 120, **environment: str) -> Result:
         """``creto run -- argv`` to its end."""
         done = subprocess.run(
             self.run_command(argv, *options),
@@ -96,7 +101,29 @@ class Creto:
         report = json.loads(path.read_text()) if path.exists() else {}
         return Result(done.returncode, done.stdout, done.stderr, report)
 
-    def python(self, code: str, *options: str, timeout: float = 60, **environment: str) -> Result:
+    def start(self, argv: Sequence[str], *options: str, stdout: int = subprocess.PIPE) -> subprocess.Popen[str]:
+        """``creto run -- argv``, in a session of its own. It does not outlive the test, however that ends."""
+        process = subprocess.Popen(
+            self.run_command(argv, *options), env=self.environment, cwd=self.directory, text=True,
+            stdout=stdout, stderr=subprocess.PIPE, start_new_session=True,
+        )  # fmt: skip
+        self.started.append(process)
+        return process
+
+    def start_python(self, code: str, *arguments: str, options: Sequence[str] = (), stdout: int = subprocess.PIPE) -> subprocess.Popen[str]:
+        """``creto run -- python`` on a script with this text."""
+        script = self.directory / "agent.py"
+        script.write_text(code)
+        return self.start([sys.executable, str(script), *arguments], *options, stdout=stdout)
+
+    def kill(self, process: subprocess.Popen[str]) -> str:
+        """Ends the sidecar at once. What was on standard output when its agent, which has the other end of the pipe, had
+        ended too."""
+        process.kill()
+        out, _ = process.communicate(timeout=60)
+        return out or ""
+
+    def python(self, code: str, *options: str, timeout: float = 120, **environment: str) -> Result:
         """``creto run -- python`` on a script with this text."""
         script = self.directory / "agent.py"
         script.write_text(code)
@@ -112,10 +139,25 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StandIns]:
         yield running
 
 
+@pytest.fixture(scope="session", autouse=True)
+def interruptible() -> None:
+    """What is begun in the background ignores SIGINT, and so would everything that it begins."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.fixture
-def creto(tmp_path: Path, world: StandIns) -> Creto:
+def creto(tmp_path: Path, world: StandIns) -> Iterator[Creto]:
     """A creto with every stand-in host allowed and pinned to loopback."""
     world.seen.requests.clear()
+    configured = configure(tmp_path, world)
+    yield configured
+    for process in configured.started:
+        configured.kill(process)
+
+
+def configure(tmp_path: Path, world: StandIns) -> Creto:
+    """A creto in that directory, with every stand-in host allowed and pinned to loopback."""
     policies = tmp_path / "policies"
     policies.mkdir()
     (policies / "test.cedar").write_text(POLICY)
@@ -145,6 +187,7 @@ timeout_s = 60
         "OPENAI_API_KEY": "sk-live-0123456789abcdefSECRET",
         "ANTHROPIC_API_KEY": "sk-ant-0123456789abcdefSECRET",
         "NO_COLOR": "1",
+        **PATIENT,
     }
     return Creto(tmp_path, world, config, policies, state, environment)
 
@@ -154,7 +197,7 @@ def _user() -> str:
 
     return getpass.getuser()
 
-def wait_for(path: Path, timeout: float = 20) -> None:
+def wait_for(path: Path, timeout: float = 60) -> None:
     deadline = time.monotonic() + timeout
     while not path.exists():
         assert time.monotonic() < deadline, f"{path.name} did not appear"

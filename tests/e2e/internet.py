@@ -125,7 +125,7 @@ def internet(directory: Path, names: Sequence[str]) -> Iterator[Internet]:
         )  # fmt: skip
         theirs.close()
         stack.callback(_end, holder)
-        ours.settimeout(20)
+        ours.settimeout(60)
         word, fds, _, _ = socket.recv_fds(ours, 2, _SOCKETS)
         if word != b"up":
             assert holder.stderr is not None
@@ -162,7 +162,7 @@ def _thread(sock: socket.socket, serve: Callable[[], None]) -> Iterator[None]:
         yield
     finally:
         ending.set()
-        thread.join(5)
+        thread.join(60)
 
 
 # -- names
@@ -180,7 +180,7 @@ def _answer_datagrams(world: Internet, sock: socket.socket) -> None:
 def _answer_streams(world: Internet, listener: socket.socket) -> None:
     sock, _ = listener.accept()
     with sock, contextlib.suppress(OSError):
-        sock.settimeout(5)
+        sock.settimeout(30)
         with sock.makefile("rb") as reader:
             (length,) = struct.unpack(">H", reader.read(2))
             answer = _answer(world, reader.read(length))
@@ -254,12 +254,12 @@ def _serving(world: Internet, listeners: Sequence[socket.socket], context: Any) 
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    assert ready.wait(10), "the web servers did not start"
+    assert ready.wait(60), "the web servers did not start"
     try:
         yield
     finally:
         loop.call_soon_threadsafe(stop.set)
-        thread.join(10)
+        thread.join(60)
 
 
 def _application(world: Internet) -> web.Application:

@@ -73,9 +73,9 @@ class Node:
 
     async def ask(self, what: str) -> dict[str, Any]:
         (control,) = controls(self.state)
-        return dict(await asyncio.to_thread(call, control, what, 60.0))
+        return dict(await asyncio.to_thread(call, control, what, 100.0))
 
-    async def until(self, holds: Callable[[dict[str, Any]], object], what: str, timeout_s: float = 60) -> dict[str, Any]:
+    async def until(self, holds: Callable[[dict[str, Any]], object], what: str, timeout_s: float = 90) -> dict[str, Any]:
         """Its status once that ``holds``."""
         deadline = time.monotonic() + timeout_s
         while True:
@@ -101,7 +101,7 @@ class Node:
         """Its exit status after SIGTERM."""
         if self.process.returncode is None:
             self.signal(signal.SIGTERM)
-        return await asyncio.wait_for(self.process.wait(), 30)
+        return await asyncio.wait_for(self.process.wait(), 60)
 
     async def read(self) -> None:
         assert self.process.stderr is not None
@@ -149,7 +149,7 @@ class Load:
         self.broken: list[str] = []
         self._tasks = [asyncio.create_task(self._agent(n, kept=n < kept)) for n in range(kept + fresh)]
 
-    async def answers(self, more: int, timeout_s: float = 30) -> None:
+    async def answers(self, more: int, timeout_s: float = 60) -> None:
         """Returns when so many more have been answered."""
         goal, deadline = len(self.answered) + more, time.monotonic() + timeout_s
         while len(self.answered) < goal:
@@ -165,7 +165,7 @@ class Load:
         self._stopped = True
 
     async def done(self) -> None:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(120):
             await asyncio.gather(*self._tasks)
 
     async def _agent(self, number: int, *, kept: bool) -> None:
@@ -258,7 +258,7 @@ quorum = 1
             process.kill()
             await process.wait()
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(reading, 30)  # its workers hold the other end until they have drained
+            await asyncio.wait_for(reading, 60)  # its workers hold the other end until they have drained
         sys.stderr.write("\n".join(running.said))
 
 

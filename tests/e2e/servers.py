@@ -74,7 +74,7 @@ def serving_mcp(name: str) -> Iterator[tuple[int, Path]]:
             yield web.servers[0].sockets[0].getsockname()[1], ca
         finally:
             web.should_exit = True
-            thread.join(10)
+            thread.join(60)
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def serving_slowly() -> Iterator[Slow]:
             self.end_headers()
             self.wfile.write(b"part")
             arrived.release()
-            go.wait(60)
+            go.wait(200)
             with contextlib.suppress(OSError):
                 self.wfile.write(b"part" * (SLOW_PARTS - 1))
 

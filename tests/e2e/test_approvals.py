@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -22,22 +21,13 @@ except urllib.error.HTTPError as error: print(error.code, error.read().decode())
 """
 
 
-def start(creto: Creto, code: str) -> subprocess.Popen[str]:
-    script = creto.directory / "agent.py"
-    script.write_text(code)
-    return subprocess.Popen(
-        creto.run_command([sys.executable, str(script)]), env=creto.environment, cwd=creto.directory, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-
-
 def finish(creto: Creto, process: subprocess.Popen[str]) -> Result:
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=100)
     path = creto.directory / "report.json"
     return Result(process.returncode, out, err, json.loads(path.read_text()) if path.exists() else {})
 
 
-def pending(creto: Creto, timeout: float = 20) -> str:
+def pending(creto: Creto, timeout: float = 60) -> str:
     """Id of the one request that waits."""
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
@@ -51,7 +41,7 @@ def pending(creto: Creto, timeout: float = 20) -> str:
 
 
 def test_an_approved_action_happens_exactly_once(creto: Creto) -> None:
-    process = start(creto, REFUND)
+    process = creto.start_python(REFUND)
     request = pending(creto)
     assert creto.world.seen.count("POST", "/v1/refunds") == 0, "nothing is sent before a person said yes"
     shown = creto.call("approvals", "show", request)
@@ -68,7 +58,7 @@ def test_an_approved_action_happens_exactly_once(creto: Creto) -> None:
 
 
 def test_a_denied_action_is_refused_with_the_reason_and_never_sent(creto: Creto) -> None:
-    process = start(creto, REFUND)
+    process = creto.start_python(REFUND)
     request = pending(creto)
     assert creto.call("approvals", "deny", request, "--reason", "too much money").returncode == 0
     result = finish(creto, process)
@@ -84,14 +74,14 @@ def call(amount, seconds):
     command = ["curl", "-sS", "-m", str(seconds), "https://payments.example.com/v1/refunds", "-H",
                "Content-Type: application/json", "-w", " %{{http_code}}", "-d", '{{"amount": %d}}' % amount]
     return subprocess.run(command, capture_output=True, text=True).stdout
-call(800, 2)
+call(800, 4)
 pathlib.Path({str(creto.directory / "left")!r}).write_text("x")
 while not pathlib.Path({str(creto.directory / "approved")!r}).exists(): time.sleep(0.05)
 print("OTHER", call(900, 2))
 print("SAME", call(800, 30))
 print("AGAIN", call(800, 2))
 """
-    process = start(creto, code)
+    process = creto.start_python(code)
     request = pending(creto)
     wait_for(creto.directory / "left")
     assert creto.call("approvals", "approve", request).returncode == 0
@@ -120,7 +110,7 @@ def test_each_client_survives_being_held(creto: Creto, client: str) -> None:
         "curl": f"import subprocess\nprint(subprocess.run(['curl', '-sS', {url!r}, '-H',"
         f" 'Content-Type: application/json', '-d', {body!r}], capture_output=True, text=True).stdout)",
     }[client]
-    process = start(creto, code)
+    process = creto.start_python(code)
     request = pending(creto)
     time.sleep(9 if client == "openai" else 3)
     assert creto.call("approvals", "approve", request).returncode == 0

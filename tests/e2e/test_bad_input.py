@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from .conftest import Creto
+from .conftest import PATIENT, Creto
 
 CONFIG_MISTAKES = {
     "broken TOML": ("[egress\n", ["creto.toml", "not TOML"]),
@@ -22,6 +22,8 @@ CONFIG_MISTAKES = {
 def test_a_configuration_mistake_names_file_key_and_reason(creto: Creto, name: str) -> None:
     text, words = CONFIG_MISTAKES[name]
     creto.config.write_text(text)
+    for name in PATIENT:  # the environment is stronger than the file
+        del creto.environment[name]
     result = creto.run(["touch", str(creto.directory / "started")])
     assert result.status == 2
     assert all(word in result.err for word in words), result.err
@@ -69,12 +71,12 @@ def test_where_namespaces_are_refused_it_says_why_and_what_to_do_and_stops(creto
         pytest.skip("this machine does not let a test lower the limit of a user namespace")
     refused = subprocess.run(
         [*inside, *creto.run_command(["touch", str(started)])],
-        env=creto.environment, capture_output=True, text=True, timeout=60, check=False,
+        env=creto.environment, capture_output=True, text=True, timeout=100, check=False,
     )  # fmt: skip
     assert refused.returncode == 3 and not started.exists()
     assert "max_user_namespaces" in refused.stderr and "--enforce=proxy-env" in refused.stderr
     asked_for = subprocess.run(
         [*inside, *creto.run_command(["touch", str(started)], "--enforce", "proxy-env")],
-        env=creto.environment, capture_output=True, text=True, timeout=60, check=False,
+        env=creto.environment, capture_output=True, text=True, timeout=100, check=False,
     )  # fmt: skip
     assert asked_for.returncode == 0 and started.exists() and "bypass" in asked_for.stderr

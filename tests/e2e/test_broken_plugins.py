@@ -36,7 +36,7 @@ def ask(host, path):
     try:
         kind = http.client.HTTPConnection if host == "creto.internal" else http.client.HTTPSConnection
         options = {} if host == "creto.internal" else {"context": context}
-        connection = kind(host, timeout=20, **options)
+        connection = kind(host, timeout=60, **options)
         connection.request(method, path, b"{}" if method == "POST" else None)
         answer = connection.getresponse()
         answers[host + path] = [answer.status, answer.read().decode()]
@@ -67,13 +67,14 @@ def installed(creto: Creto, text: str | None = None) -> Path:
 
 def unruly(creto: Creto, stage: str, hosts: dict[str, str] | None = None) -> None:
     installed(creto)
+    del creto.environment["CRETO_LIMITS__STAGE_DEADLINE_MS"]
     (creto.policies / "test.cedar").write_text(POLICY)
     text = creto.config.read_text()
     creto.config.write_text(text[: text.index("[oversight.profiles.payments]")])
     pairs = ", ".join(f'"{host}" = "{how}"' for host, how in (HOSTS if hosts is None else hosts).items())
     creto.add(
         f'[plugins]\ndisabled = ["oversight"]\norder = ["unruly", "egress", "metering"]\n'
-        f'[limits]\nstage_deadline_ms = 200\n[unruly]\nstage = "{stage}"\nhosts = {{ {pairs} }}\n'
+        f'[limits]\nstage_deadline_ms = 500\n[unruly]\nstage = "{stage}"\nhosts = {{ {pairs} }}\n'
     )
 
 

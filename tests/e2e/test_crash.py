@@ -34,7 +34,7 @@ def loop(thread):
         for n in range(100_000):
             path = f"{base}/{thread}/{n}"
             try:
-                if n % 20 == 0: connection = http.client.HTTPSConnection("api.allowed.test", timeout=5, context=context)
+                if n % 20 == 0: connection = http.client.HTTPSConnection("api.allowed.test", timeout=30, context=context)
                 connection.request("GET", path)
                 connection.getresponse().read()
             except (OSError, http.client.HTTPException):
@@ -46,41 +46,12 @@ for thread in threads: thread.join()
 """
 
 
-@pytest.fixture
-def spawned() -> Iterator[list[subprocess.Popen[str]]]:
-    """Processes that must not outlive the test, however it ends."""
-    processes: list[subprocess.Popen[str]] = []
-    yield processes
-    for process in processes:
-        if process.poll() is None:
-            kill(process)
-
-
-def start(
-    creto: Creto, spawned: list[subprocess.Popen[str]], code: str, *arguments: str, stdout: int = subprocess.DEVNULL
-) -> subprocess.Popen[str]:
-    script = creto.directory / "agent.py"
-    script.write_text(code)
-    process = subprocess.Popen(
-        creto.run_command([sys.executable, str(script), *arguments]), env=creto.environment, cwd=creto.directory,
-        text=True, stdout=stdout, stderr=subprocess.PIPE,
-    )  # fmt: skip
-    spawned.append(process)
-    return process
-
-
-def kill(process: subprocess.Popen[str]) -> None:
-    """Ends the sidecar at once, and returns when its agent, which has the other end of the pipe, has ended too."""
-    process.kill()
-    process.communicate(timeout=60)
-
-
 def lines(path: Path) -> list[str]:
     """The whole lines there are."""
     return path.read_text().split("\n")[:-1] if path.exists() else []
 
 
-def until(condition: Callable[[], object], what: str, timeout: float = 25) -> None:
+def until(condition: Callable[[], object], what: str, timeout: float = 60) -> None:
     deadline = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < deadline, what
@@ -119,22 +90,20 @@ def paths_in_agreement(creto: Creto, state: Path | None = None) -> Counter[str]:
     return Counter(urlsplit(record["res"]).path for record in records)
 
 
-def test_nothing_is_lost_or_doubled_however_often_the_sidecar_is_killed(
-    creto: Creto, spawned: list[subprocess.Popen[str]]
-) -> None:
+def test_nothing_is_lost_or_doubled_however_often_the_sidecar_is_killed(creto: Creto) -> None:
     seed = random.randrange(2**32)
     moments = random.Random(seed)
     completed: list[str] = []
     # Before and while it starts, on the first answers, and deep in the run; each with a little chance.
     for number, after in enumerate((-2, -1, 0, 1, 7, 40, 90, 160)):
         done = creto.directory / f"done{number}"
-        process = start(creto, spawned, LOOP, f"/k{number}", str(done))
+        process = creto.start_python(LOOP, f"/k{number}", str(done))
         if after < 0:
             time.sleep(moments.uniform(0.05, 0.9))
         else:
             until(lambda: len(lines(done)) >= after, f"run {number} made no requests")  # noqa: B023
             time.sleep(moments.uniform(0, 0.05))
-        kill(process)
+        creto.kill(process)
         completed += lines(done)
     recorded = paths_in_agreement(creto)
     assert len(completed) >= 298, "as many as were waited for"
@@ -146,27 +115,25 @@ def test_nothing_is_lost_or_doubled_however_often_the_sidecar_is_killed(
     assert [path for path, times in recorded.items() if path and times > 1] == []
 
 
-def test_a_crash_between_runs_that_share_the_state_leaves_the_others_alone(
-    creto: Creto, spawned: list[subprocess.Popen[str]]
-) -> None:
+def test_a_crash_between_runs_that_share_the_state_leaves_the_others_alone(creto: Creto) -> None:
     """The dead one's journal is adopted by a run that starts while a third still writes its own."""
     living, dead = creto.directory / "living", creto.directory / "dead"
-    survivor = start(creto, spawned, LOOP, "/living", str(living))
-    victim = start(creto, spawned, LOOP, "/dead", str(dead))
+    survivor = creto.start_python(LOOP, "/living", str(living))
+    victim = creto.start_python(LOOP, "/dead", str(dead))
     until(lambda: len(lines(living)) > 10 and len(lines(dead)) > 10, "no requests")
-    kill(victim)
+    creto.kill(victim)
     between = creto.run(["true"])
     assert between.status == 0, between.err
     before = len(lines(living))
     until(lambda: len(lines(living)) > before + 10, "the survivor stopped")
     survivor.terminate()
-    survivor.communicate(timeout=20)
+    survivor.communicate(timeout=60)
     assert survivor.returncode == 128 + 15
     recorded = paths_in_agreement(creto)
     assert [path for path in lines(living) + lines(dead) if recorded[path] != 1] == []
 
 
-def test_what_a_killed_run_had_reserved_comes_back(creto: Creto, spawned: list[subprocess.Popen[str]]) -> None:
+def test_what_a_killed_run_had_reserved_comes_back(creto: Creto) -> None:
     with serving_slowly() as slow:
         creto.config.write_text(
             creto.config.read_text().replace(
@@ -182,15 +149,17 @@ def test_what_a_killed_run_had_reserved_comes_back(creto: Creto, spawned: list[s
 import threading, urllib.request
 for _ in range(3): threading.Thread(target=urllib.request.urlopen, args=("http://plain.allowed.test/held",)).start()
 """
-        process = start(creto, spawned, code)
+        began = time.monotonic()
+        process = creto.start_python(code)
         for _ in range(3):
-            assert slow.arrived.acquire(timeout=20)
-        kill(process)
+            assert slow.arrived.acquire(timeout=60)
+        creto.kill(process)
         ask = ["curl", "-sS", "-o", "/dev/null", "-w", "%{http_code}", f"{HOST}/again"]
         held = creto.run(ask)
-        assert held.out == "429", "they are held until their time is up, because nobody knows what became of them"
+        late = time.monotonic() - began > 10  # on a machine so slow their time may have been up
+        assert held.out == "429" or late, "they are held until their time is up, because nobody knows what became of them"
         statuses: list[str] = []
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 90
         while "200" not in statuses:
             assert time.monotonic() < deadline, statuses
             statuses.append(creto.run(ask).out)
@@ -309,7 +278,7 @@ def test_consumers_that_die_at_any_step_catch_up_exactly_once(tmp_path: Path) ->
         [sys.executable, str(driver), str(tmp_path / "states")],
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=280,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -359,7 +328,7 @@ import json, pathlib, sys, time, urllib.error, urllib.request
 here = pathlib.Path(sys.argv[1])
 def get(path):
     try:
-        with urllib.request.urlopen("https://api.allowed.test" + path, timeout=10) as answer: answer.read(); return 200, ""
+        with urllib.request.urlopen("https://api.allowed.test" + path, timeout=30) as answer: answer.read(); return 200, ""
     except urllib.error.HTTPError as error: return error.code, json.load(error)["reason"]
     except OSError as error: return 0, str(error)
 def note(path, result): print(json.dumps([path, *result]), flush=True)
@@ -368,8 +337,9 @@ for n in range(5): note(f"/before/{n}", get(f"/before/{n}"))
 while not (here / "filled").exists(): time.sleep(0.02)
 refused = 0
 for n in range(400):
-    result = get(f"/full/{n}")
-    note(f"/full/{n}", result)
+    path = f"/full/{n}/" + "x" * 2000  # what the journal has set aside is soon full of these
+    result = get(path)
+    note(path, result)
     refused += result[0] != 200
     if refused == 3: break
 (here / "free-please").write_text("x")
@@ -383,17 +353,17 @@ for n in range(50):
 
 
 def test_a_full_disk_refuses_new_requests_and_loses_no_answered_one(
-    creto: Creto, small_disk: Path, spawned: list[subprocess.Popen[str]]
+    creto: Creto, small_disk: Path
 ) -> None:
     state = onto(creto, small_disk)
-    process = start(creto, spawned, FILLED, str(creto.directory), stdout=subprocess.PIPE)
+    process = creto.start_python(FILLED, str(creto.directory))
     wait_for(creto.directory / "filled-please")
     filler = fill(small_disk)
     (creto.directory / "filled").write_text("x")
     wait_for(creto.directory / "free-please")
     filler.unlink()
     (creto.directory / "free").write_text("x")
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=100)
     assert process.returncode == 0, err
     results = [json.loads(line) for line in out.splitlines()]
     refused = {path: (status, reason) for path, status, reason in results if status != 200}

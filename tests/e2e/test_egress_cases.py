@@ -23,7 +23,7 @@ import pytest
 from standins import Seen, StandIns
 
 from .agent_side import NOERROR, REFUSED
-from .conftest import Creto, Result, wait_for
+from .conftest import PATIENT, Creto, Result, wait_for
 from .internet import LARGE_SHA256, RESOLVER, Internet, await_quiet, internet
 from .unprivileged import as_nobody
 
@@ -114,7 +114,7 @@ upstream_ca = "{net.ca}"
 resolver = "{RESOLVER}"
 """
     )
-    environment = {**os.environ, "NO_COLOR": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = {**os.environ, **PATIENT, "NO_COLOR": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     world = StandIns(https=443, http=80, ca=net.ca, seen=Seen())
     return Lab(directory, world, config, policies, state, environment, net)
 
@@ -181,12 +181,12 @@ async def main():
             said["ws"] = []
             for n in range(3):
                 await ws.send_str(f"hello {n}")
-                said["ws"].append(await ws.receive_str(timeout=5))
+                said["ws"].append(await ws.receive_str(timeout=60))
             await ws.send_bytes(bytes(1 << 20))
-            said["binary"] = len(await ws.receive_bytes(timeout=5))
+            said["binary"] = len(await ws.receive_bytes(timeout=60))
         said["events"] = []
         async with session.get("/events") as response:
-            while line := await asyncio.wait_for(response.content.readline(), 5):
+            while line := await asyncio.wait_for(response.content.readline(), 60):
                 if line.strip():
                     said["events"].append(line.decode().strip())
                     (await session.post("/ack")).release()
@@ -318,7 +318,7 @@ def test_eg_016_a_rebound_name_never_leads_to_the_private_address(lab: Lab) -> N
         """
 first = lookup("api.allowed.test")
 served = talk(first[0], 80, get("api.allowed.test", "/first"))
-deadline = time.monotonic() + 10
+deadline = time.monotonic() + 60
 while (second := lookup("api.allowed.test")) == first and time.monotonic() < deadline: time.sleep(0.05)
 say({"first": first, "served": served, "second": second,
      "kept": talk(first[0], 80, get("api.allowed.test", "/kept")),
@@ -342,7 +342,7 @@ def test_eg_016_the_address_is_judged_when_it_is_dialled_not_only_when_it_is_ask
         """
 import urllib.request, urllib.error
 def fetch(path):
-    try: return urllib.request.urlopen("http://api.allowed.test" + path, timeout=5).status
+    try: return urllib.request.urlopen("http://api.allowed.test" + path, timeout=60).status
     except urllib.error.HTTPError as error: return error.code
 say([fetch("/first"), fetch("/second"), fetch("/third")])
 """,
@@ -806,7 +806,7 @@ print(json.dumps(said))
         assert "redirect" in subprocess.run([*inside, "nft", "list", "ruleset"], capture_output=True, text=True).stdout
         subprocess.run([*inside, "nft", "flush", "ruleset"], check=True)
         go.write_text("x")
-        out, err = process.communicate(timeout=30)
+        out, err = process.communicate(timeout=100)
     finally:
         process.kill()
         process.wait()
@@ -821,7 +821,7 @@ print(json.dumps(said))
 
 def _agent_process(script: str) -> int:
     """The process id, as it is outside, of the interpreter that runs ``script`` inside a jail."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         for path in Path("/proc").glob("[0-9]*/cmdline"):
             try:

@@ -27,11 +27,13 @@ import pytest
 from creto_proxy.audit import outcomes
 from creto_proxy.model import Outcome
 
+from ..ports import free_port
+
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 BOMB = gzip.compress(bytes(64 << 20))
 GARBAGE = random.Random(7).randbytes(5000)
 # Everything here is bounded by seconds in the configuration; this only catches what is not bounded at all.
-PATIENCE_S = 30.0
+PATIENCE_S = 60.0
 
 CONFIG = """
 [common]
@@ -139,9 +141,12 @@ def turns(behave: Behaviour) -> Behaviour:
     return turning
 
 
+SWALLOWING = threading.Event()
+
+
 async def swallow(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     while await reader.read(65536):
-        pass
+        SWALLOWING.set()
 
 
 async def at_once(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -219,12 +224,12 @@ def upstreams() -> Iterator[dict[str, int]]:
 
     thread = threading.Thread(target=lambda: loop.run_until_complete(run()), daemon=True)
     thread.start()
-    assert ready.wait(10)
+    assert ready.wait(60)
     try:
         yield ports
     finally:
         loop.call_soon_threadsafe(ending.set)
-        thread.join(10)
+        thread.join(60)
         loop.close()
 
 
@@ -261,8 +266,7 @@ def sidecar(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sidecar]:
     directory = tmp_path_factory.mktemp("hostile")
     (directory / "policies").mkdir()
     (directory / "policies" / "test.cedar").write_text(POLICY)
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port: int = probe.getsockname()[1]
+    port = free_port()
     with upstreams() as ports:
         pins = "\n".join(f'"{name}.hostile.test" = "127.0.0.1:{at}"' for name, at in ports.items())
         text = CONFIG.format(state=directory / "state", port=port, policies=directory / "policies", pins=pins)
@@ -279,7 +283,7 @@ def sidecar(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sidecar]:
         finally:
             process.send_signal(signal.SIGTERM)
             try:
-                _, said = process.communicate(timeout=30)
+                _, said = process.communicate(timeout=60)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.communicate()
@@ -517,9 +521,10 @@ def _refused_before(sidecar: Sidecar) -> int:
 
 def test_an_agent_that_resets_in_the_middle_of_its_body(sidecar: Sidecar) -> None:
     before = len(sidecar.outcomes("swallows"))
+    SWALLOWING.clear()
     with sidecar.connect() as sock:
         sock.sendall(request("swallows", "POST", "Content-Length: 100000") + bytes(5000))
-        time.sleep(0.2)  # so that it is under way
+        assert SWALLOWING.wait(PATIENCE_S), "it is under way"
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     outcome = sidecar.outcome("swallows", before)
     assert (outcome.status, outcome.error) == (0, "client_gone")

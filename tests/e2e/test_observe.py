@@ -72,10 +72,10 @@ def collector() -> Iterator[Collector]:
 
     thread = threading.Thread(target=lambda: (loop.run_until_complete(serve()), loop.close()))
     thread.start()
-    assert ready.wait(10)
+    assert ready.wait(60)
     yield made
     loop.call_soon_threadsafe(stop.set)
-    thread.join(10)
+    thread.join(60)
 
 
 @dataclass
@@ -92,7 +92,7 @@ class Sidecar:
     def get(self, path: str, **headers: str) -> tuple[int, str]:
         request = urllib.request.Request(self.admin + path, headers=headers)
         try:
-            with urllib.request.urlopen(request, timeout=10) as answer:
+            with urllib.request.urlopen(request, timeout=60) as answer:
                 return answer.status, answer.read().decode()
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode()
@@ -132,11 +132,11 @@ def running(creto: Creto, extra: str = "") -> Iterator[Sidecar]:
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
-        sys.stderr.write(process.communicate(timeout=20)[1])
+        sys.stderr.write(process.communicate(timeout=60)[1])
 
 
 def until(holds: Callable[[], Any], what: str) -> Any:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not (found := holds()):
         assert time.monotonic() < deadline, what
         time.sleep(0.05)
@@ -237,7 +237,7 @@ def in_terminal(sidecar: Sidecar, holds: Callable[[str], bool]) -> str:
         sidecar.creto.command("top", "--interval", "0.3"), env=environment, stdin=theirs, stdout=theirs, stderr=theirs
     )
     os.close(theirs)
-    screen, deadline, asked = "", time.monotonic() + 20, False
+    screen, deadline, asked = "", time.monotonic() + 60, False
     try:
         while time.monotonic() < deadline:
             if not select.select([ours], [], [], 0.2)[0]:
@@ -253,7 +253,7 @@ def in_terminal(sidecar: Sidecar, holds: Callable[[str], bool]) -> str:
                 asked = True
                 os.write(ours, b"q")
         assert asked, screen
-        assert process.wait(10) == 0
+        assert process.wait(60) == 0
     finally:
         process.kill()
         process.wait()
@@ -334,7 +334,7 @@ def test_a_request_that_waits_for_a_person_is_seen_to_wait(creto: Creto) -> None
         until(lambda: sidecar.total("creto_holds_open") == 1, "nobody is seen to wait")
         assert json.loads(creto.call("top", "--once", "--json", "--interval", "0.2").stdout)["holds_open"] == 1
         assert creto.call("approvals", "deny", pending(creto), "--reason", "no").returncode == 0
-        agent.join(20)
+        agent.join(60)
         assert sidecar.total("creto_holds_open") == 0
         assert sidecar.total("creto_holds_total", 'result="denied"') == sidecar.total("creto_hold_seconds_count") == 1
         overhead = sidecar.total("creto_overhead_seconds_sum")

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from standins import StandIns
 
-from .conftest import Creto, wait_for
+from .conftest import Creto, configure, wait_for
 
 
 def test_curl_reaches_an_allowed_host_through_interception_without_setup(creto: Creto) -> None:
@@ -105,47 +106,61 @@ def test_allow_on_the_command_line_adds_a_host(creto: Creto) -> None:
     assert allowed.status == 0, allowed.err
 
 
+# Expressions that raise, or are the answer of somebody who should not have been reached.
 BYPASSES = {
-    "address literal": "socket.create_connection(('93.184.216.34', 443), timeout=3).sendall(b'GET / HTTP/1.1\\r\\nHost: 93.184.216.34\\r\\n\\r\\n') or X",
+    "address literal": "said(socket.create_connection(('93.184.216.34', 443), timeout=3))",
     "metadata": "urllib.request.urlopen('http://169.254.169.254/latest/meta-data', timeout=3)",
-    "mapped metadata": "socket.create_connection(('::ffff:169.254.169.254', 80), timeout=3).recv(1) or X",
+    "mapped metadata": "said(socket.create_connection(('::ffff:169.254.169.254', 80), timeout=3))",
     "private": "urllib.request.urlopen('http://10.0.0.1/', timeout=3)",
     "udp": "udp('203.0.113.1', 443)",
     "raw socket": "socket.socket(socket.AF_INET, socket.SOCK_RAW, 1)",
     "packet socket": "socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 3)",
     "vsock": "socket.socket(40, socket.SOCK_STREAM)",
-    "flush rules": "run('nft', 'flush', 'ruleset')",
     "host loopback": "socket.create_connection(('127.0.0.1', PORT), timeout=3)",
 }
+# All of them, then again after it has tried to remove the rules.
+ATTEMPTS = """
+import json, shutil, socket, subprocess, sys, urllib.request
+from concurrent.futures import ThreadPoolExecutor
+class Nothing(Exception): pass
+def udp(host, port):
+    s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.settimeout(2); s.connect((host, port)); s.send(b"x"); s.recv(1)
+def said(sock):
+    sock.sendall(b"GET / HTTP/1.1\\r\\nHost: 93.184.216.34\\r\\n\\r\\n")
+    answer = sock.recv(4096)
+    if not answer.startswith(b"HTTP/1.1 2"): raise Nothing(answer)  # closed, or refused by creto
+    return answer
+def attempt(code):
+    try: return f"got through: {eval(code)}"
+    except Exception as error: return f"stopped: {error!r}"
+def every(attempts):
+    with ThreadPoolExecutor(len(attempts)) as pool: return dict(zip(attempts, pool.map(attempt, attempts.values())))
+attempts = json.loads(sys.argv[1])
+before = every(attempts)
+if shutil.which("nft"): subprocess.run(["nft", "flush", "ruleset"], capture_output=True)
+print(json.dumps([before, every(attempts)]))
+"""
+
+
+@pytest.fixture(scope="module")
+def attempted(tmp_path_factory: pytest.TempPathFactory, world: StandIns) -> list[dict[str, str]]:
+    """How each attempt ended: at first, and after an attempt at the rules."""
+    creto = configure(tmp_path_factory.mktemp("bypasses"), world)
+    script = creto.directory / "agent.py"
+    script.write_text(ATTEMPTS)
+    before = len(world.seen.requests)
+    attempts = {name: code.replace("PORT", str(world.http)) for name, code in BYPASSES.items()}
+    result = creto.run([sys.executable, str(script), json.dumps(attempts)])
+    assert result.status == 0, result.err
+    assert len(world.seen.requests) == before
+    ended: list[dict[str, str]] = json.loads(result.out)
+    return ended
 
 
 @pytest.mark.parametrize("name", sorted(BYPASSES))
-def test_there_is_no_way_around_the_sidecar(creto: Creto, name: str) -> None:
-    """Each attempt either raises or yields nothing; a marker shows that the attempt was really made."""
-    before = len(creto.world.seen.requests)
-    attempt = BYPASSES[name].replace("PORT", str(creto.world.http))
-    code = f"""
-import socket, subprocess, urllib.request
-def udp(host, port):
-    s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.settimeout(2); s.connect((host, port)); s.send(b'x'); s.recv(1)
-def run(*argv): subprocess.run(argv, check=True, capture_output=True)
-class Refused(Exception): pass
-def empty(): raise Refused('nothing came back')
-print('attempting')
-try:
-    X = None
-    r = {attempt.replace(" or X", "")}
-    if r == b'' or r is None and {(" or X" in attempt)!r}: empty()
-    print('GOT THROUGH', r)
-except Exception as e:
-    print('stopped', type(e).__name__, e)
-"""
-    result = creto.python(code)
-    assert "attempting" in result.out, result.err
-    assert "GOT THROUGH" not in result.out or name == "flush rules", result.out
-    assert len(creto.world.seen.requests) == before
-    after = creto.run(["curl", "-sS", "-m", "5", "https://evil.test/"])
-    assert after.status != 0
+@pytest.mark.parametrize("rules", [0, 1], ids=["as they are", "flushed from inside"])
+def test_there_is_no_way_around_the_sidecar(attempted: list[dict[str, str]], name: str, rules: int) -> None:
+    assert attempted[rules][name].startswith("stopped: ")
 
 
 def test_a_host_field_that_differs_from_the_server_name_is_refused(creto: Creto) -> None:
@@ -210,38 +225,30 @@ def test_whoami_and_usage_answer_inside(creto: Creto) -> None:
 
 
 def test_sidecar_killed_mid_run_leaves_the_agent_without_a_way_out_and_loses_nothing(creto: Creto) -> None:
-    script = creto.directory / "agent.py"
     ready, go = creto.directory / "ready", creto.directory / "go"
-    script.write_text(
+    process = creto.start_python(
         f"""
 import pathlib, socket, time, urllib.request
 for _ in range(5): urllib.request.urlopen('https://api.allowed.test/k').read()
 pathlib.Path({str(ready)!r}).write_text('x')
 while not pathlib.Path({str(go)!r}).exists(): time.sleep(0.05)
-began = time.monotonic()
 try:
-    urllib.request.urlopen('https://api.allowed.test/k', timeout=5); verdict = 'reached'
-except Exception as e: verdict = f'failed after {{time.monotonic() - began:.2f}} {{type(e).__name__}}'
+    urllib.request.urlopen('https://api.allowed.test/k', timeout=30); verdict = 'reached'
+except Exception as e: verdict = f'failed: {{e!r}}'
 pathlib.Path({str(creto.directory / "verdict")!r}).write_text(verdict)
 """
     )
-    process = subprocess.Popen(
-        creto.run_command([sys.executable, str(script)]), env=creto.environment, cwd=creto.directory,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
     wait_for(ready)
     process.kill()
     process.wait()
     seen = len(creto.world.seen.requests)
     go.write_text("x")
+    creto.kill(process)  # returns when the agent has ended
     verdict = creto.directory / "verdict"
-    deadline = time.monotonic() + 10
-    while not verdict.exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
     # Either the agent was ended with its sidecar, or its next connection failed at once; it never got out.
     assert len(creto.world.seen.requests) == seen == 5
     if verdict.exists():
-        assert verdict.read_text().startswith("failed after 0.")
+        assert verdict.read_text().startswith("failed: ") and "timed out" not in verdict.read_text()
     again = creto.run(["true"])
     assert again.status == 0, again.err
     usage = creto.call("usage", "--json")

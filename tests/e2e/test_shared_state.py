@@ -34,7 +34,7 @@ def loop(thread):
     for n in range(count):
         path = f"{base}/{thread}/{n}"
         try:
-            with urllib.request.urlopen("https://api.allowed.test" + path, timeout=20, context=context) as answer:
+            with urllib.request.urlopen("https://api.allowed.test" + path, timeout=60, context=context) as answer:
                 answer.read(); status = answer.status
         except urllib.error.HTTPError as error: status = error.code
         print(f"{status} {path}\\n", end="", flush=True)
@@ -58,7 +58,7 @@ def agents(creto: Creto, bases: list[str], count: int) -> list[tuple[int, str]]:
             subprocess.Popen(command, env=creto.environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         )
     try:
-        ended = [process.communicate(timeout=50) for process in started]
+        ended = [process.communicate(timeout=100) for process in started]
     finally:
         for process in started:
             process.kill()
@@ -67,7 +67,7 @@ def agents(creto: Creto, bases: list[str], count: int) -> list[tuple[int, str]]:
     return [(int(status), path) for status, path in answers]
 
 
-def authority(creto: Creto, timeout: float = 20) -> Path:
+def authority(creto: Creto, timeout: float = 60) -> Path:
     """The certificate of the one sidecar there is."""
     deadline = time.monotonic() + timeout
     while not (found := list((creto.state / "runs").glob("*/ca.pem"))):
@@ -119,8 +119,8 @@ import pathlib, signal, sys, time, urllib.request
 ready, how = pathlib.Path(sys.argv[1]), sys.argv[2]
 if how == "handles": signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))
 urllib.request.urlopen("https://api.allowed.test/before").read()
-ready.write_text("x")
 try:
+    ready.write_text("x")
     while True: time.sleep(0.1)
 finally:
     urllib.request.urlopen("https://api.allowed.test/last").read()
@@ -128,12 +128,8 @@ finally:
 
 
 def begun(creto: Creto, how: str, *options: str) -> subprocess.Popen[str]:
-    script, ready = creto.directory / "agent.py", creto.directory / "ready"
-    script.write_text(SIGNALLED)
-    process = subprocess.Popen(
-        creto.run_command([sys.executable, str(script), str(ready), how], *options), env=creto.environment, text=True,
-        cwd=creto.directory, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
-    )  # fmt: skip
+    ready = creto.directory / "ready"
+    process = creto.start_python(SIGNALLED, str(ready), how, options=options)
     wait_for(ready)
     return process
 
@@ -150,7 +146,7 @@ def test_sigterm_reaches_the_agent_whose_status_it_is(
 ) -> None:
     process = begun(creto, how, "--enforce", enforce)
     process.terminate()
-    _, err = process.communicate(timeout=20)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == status, err
     assert reported(creto) == paths
     assert "Traceback" not in err
@@ -160,7 +156,7 @@ def test_sigterm_reaches_the_agent_whose_status_it_is(
 def test_sigint_to_the_process_group_ends_the_agent_and_is_reported(creto: Creto, enforce: str) -> None:
     process = begun(creto, "not", "--enforce", enforce)
     os.killpg(process.pid, signal.SIGINT)
-    _, err = process.communicate(timeout=20)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert reported(creto) == ["/before", "/last"], "an agent's last words are governed too"
 
@@ -194,12 +190,12 @@ def test_control_c_on_the_terminal_ends_the_agent_and_is_reported(creto: Creto, 
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(pid, signal.SIGKILL)
-        listener.join(5)
+        listener.join(60)
         os.close(terminal)
     assert reported(creto) == ["/before", "/last"]
 
 
-def ended(pid: int, timeout: float = 20) -> int:
+def ended(pid: int, timeout: float = 60) -> int:
     """Exit status of a child, within the timeout."""
     deadline = time.monotonic() + timeout
     while True:
@@ -228,30 +224,30 @@ def slow_answer(creto: Creto, drain_s: float) -> Iterator[tuple[subprocess.Popen
                     ["curl", "-sS", "-N", "-x", sidecar.proxy, "http://plain.allowed.test/long"], stdout=file,
                     stderr=subprocess.DEVNULL,
                 )  # fmt: skip
-                assert slow.arrived.acquire(timeout=20)
+                assert slow.arrived.acquire(timeout=60)
                 while got.stat().st_size < len(b"part"):
                     time.sleep(0.01)
                 sidecar.process.terminate()
                 yield sidecar.process, got, slow.go, sidecar.port
-                client.wait(timeout=20)
+                client.wait(timeout=60)
 
 
 def test_an_answer_under_way_is_completed_before_the_sidecar_ends(creto: Creto) -> None:
     with slow_answer(creto, 30) as (sidecar, got, go, port):
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while accepts(port):
             assert time.monotonic() < deadline, "it still accepts"
             time.sleep(0.02)
         assert sidecar.poll() is None
         go.set()
-        assert sidecar.wait(timeout=20) == 0
+        assert sidecar.wait(timeout=60) == 0
     assert got.read_bytes() == b"part" * SLOW_PARTS
     assert paths_in_agreement(creto)["/long"] == 1
 
 
 def test_an_answer_that_outlasts_the_drain_is_cut_and_recorded(creto: Creto) -> None:
     with slow_answer(creto, 0.3) as (sidecar, got, _, _):
-        assert sidecar.wait(timeout=20) == 0
+        assert sidecar.wait(timeout=60) == 0
     assert got.read_bytes() == b"part"
     assert paths_in_agreement(creto)["/long"] == 1
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import random
 import signal
 import socket
 import subprocess
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 
 import pytest
 
+from ..ports import free_port as free_port
 from .conftest import Creto
 
 
@@ -27,15 +27,6 @@ class Sidecar:
     proxy: str
     reverse: str
     port: int
-
-
-def free_port() -> int:
-    """A port that stays free until it is listened on: below those that the kernel gives to whoever asks for any."""
-    while True:
-        port = random.randrange(20_000, 32_000)
-        with socket.socket() as sock, contextlib.suppress(OSError):
-            sock.bind(("127.0.0.1", port))
-            return port
 
 
 @contextlib.contextmanager
@@ -57,28 +48,28 @@ def running(creto: Creto) -> Iterator[Sidecar]:
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
-        out, err = process.communicate(timeout=20)
+        out, err = process.communicate(timeout=60)
         sys.stderr.write(err)
 
 
 def await_port(port: int, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()[1]
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=10):
             return
         time.sleep(0.05)
     raise AssertionError("the sidecar did not listen")
 
 
 def curl(*arguments: str) -> str:
-    done = subprocess.run(["curl", "-sS", "-m", "15", *arguments], capture_output=True, text=True, check=False)
+    done = subprocess.run(["curl", "-sS", "-m", "60", *arguments], capture_output=True, text=True, check=False)
     return done.stdout + done.stderr
 
 
 def ca_of(creto: Creto) -> str:
     """The certificate the sidecar publishes; it is there before the first answer."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not (found := list(creto.state.rglob("ca.pem"))):
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -156,7 +147,7 @@ def test_sigterm_ends_the_sidecar_gracefully(creto: Creto) -> None:
     with running(creto) as sidecar:
         curl("-x", sidecar.proxy, "http://plain.allowed.test/p")
         sidecar.process.send_signal(signal.SIGTERM)
-        assert sidecar.process.wait(timeout=20) == 0
+        assert sidecar.process.wait(timeout=60) == 0
     assert json.loads(creto.call("audit", "verify", "--json").stdout)
 
 
@@ -174,7 +165,7 @@ def test_plain_tcp_passes_only_by_rule(creto: Creto) -> None:
         creto.config.write_text(text.replace('[egress.resolve]\n', f'[egress.resolve]\n"db.allowed.test" = "127.0.0.1:{port}"\n'))
         code = """
 import socket
-s = socket.create_connection(("db.allowed.test", 5432), timeout=5)
+s = socket.create_connection(("db.allowed.test", 5432), timeout=30)
 print(s.recv(5).decode()); s.sendall(b"ping"); print(s.recv(4).decode())
 """
         refused = creto.python(code)
@@ -241,7 +232,7 @@ print(reads)
 
 
 def read_all(sock: socket.socket) -> bytes:
-    sock.settimeout(10)
+    sock.settimeout(60)
     data = b""
     with contextlib.suppress(ConnectionResetError):
         while piece := sock.recv(65536):

@@ -195,11 +195,11 @@ async def test_the_service_manager_hears_when_it_is_ready_and_a_second_signal_en
         async with upstream(silent=True) as up:
             more = "[limits]\ndrain_s = 600\n"
             async with node(tmp_path, up, free_port(), more, environment={"NOTIFY_SOCKET": address}) as creto:
-                assert (await asyncio.wait_for(loop.sock_recv(manager, 200), 30)).startswith(b"READY=1\n")
+                assert (await asyncio.wait_for(loop.sock_recv(manager, 200), 60)).startswith(b"READY=1\n")
                 load = Load(creto.port, kept=1, fresh=0)  # its one request is never answered
                 await creto.until(lambda s: s["workers"][0]["connections"] == 1, "it did not connect")
                 creto.signal(signal.SIGTERM)
-                assert await asyncio.wait_for(loop.sock_recv(manager, 200), 30) == b"STOPPING=1"
+                assert await asyncio.wait_for(loop.sock_recv(manager, 200), 60) == b"STOPPING=1"
                 assert await creto.end() == 0
                 load.stop_soon()
                 await load.done()

@@ -56,7 +56,7 @@ def as_nobody(creto: Creto, argv: Sequence[str], *options: str) -> subprocess.Co
                    "--name", "tester", *options, "--", *argv]  # fmt: skip
         return subprocess.run(
             command, env=environment, cwd=home, user=NOBODY, group=NOBODY, extra_groups=[], capture_output=True,
-            text=True, timeout=60, check=False,
+            text=True, timeout=100, check=False,
         )  # fmt: skip
     finally:
         shutil.rmtree(home, ignore_errors=True)
