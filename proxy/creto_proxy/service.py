@@ -401,6 +401,8 @@ class Syncer:
         pause = SYNC_INTERVAL_S
         while self._dirty.wait() and not self._stop.wait(pause):
             self._dirty.clear()
+            if self._stop.is_set():
+                return  # what was cleared may have been its call
             started = time.monotonic()
             try:
                 self._recorder.sync()
