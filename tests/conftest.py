@@ -15,7 +15,7 @@ from creto_proxy.testing import FakeClock
 ROOT = Path(__file__).resolve().parents[1]
 
 # How long an example takes says something of the machine only.
-settings.register_profile("creto", settings.default, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("creto", settings.default, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 settings.load_profile("creto")
 
 
