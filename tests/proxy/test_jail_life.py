@@ -198,10 +198,11 @@ class Shell:
 
 def test_interactive_agent_has_the_terminal(place: Lab) -> None:
     program = (
-        "import os, sys\n"
+        "import os, sys, time\n"
         "print('mine', os.tcgetpgrp(0) == os.getpgrp(), os.ttyname(0), flush=True)\n"
         "print('line', input(), flush=True)\n"
-        "try:\n    print('again', flush=True); input()\n"
+        # A signal that comes just before input() reads would be seen when the read returns: never.
+        "try:\n    print('again', flush=True)\n    while True: time.sleep(0.05)\n"
         "except KeyboardInterrupt:\n    print('interrupted', flush=True); sys.exit(9)\n"
     )
     shell = Shell(place, [place.python, "-I", "-S", "-c", program])
