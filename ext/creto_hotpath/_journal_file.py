@@ -173,7 +173,7 @@ def payload_at(fd: int, at: int, crc32c: Crc) -> bytes | None:
     head = os.pread(fd, HEADER_BYTES, at)
     length = HEADER.unpack(head)[0] if len(head) == HEADER_BYTES else 0
     frame = head + os.pread(fd, length, at + HEADER_BYTES) if 1 <= length <= MAX_PAYLOAD else b""
-    payload = _frame(frame, 0, crc32c)
+    payload = whole_frame(frame, 0, crc32c)
     return None if payload is None or payload[0] == ABBREVIATED else payload
 
 
@@ -204,7 +204,7 @@ def read_frames(
         base, at, data = offset, 0, b""
         references = _References(name, fd, crc32c, expand)
         while True:
-            payload = _frame(data, at, crc32c)
+            payload = whole_frame(data, at, crc32c)
             if payload is None and (chunk := os.pread(fd, _WINDOW, base + len(data))):
                 if _hopeless(data, at):
                     break
@@ -227,7 +227,7 @@ def _hopeless(data: bytes, at: int) -> bool:
     return not 1 <= length <= MAX_PAYLOAD or len(data) - at >= HEADER_BYTES + length
 
 
-def _frame(data: bytes, at: int, crc32c: Crc) -> bytes | None:
+def whole_frame(data: bytes, at: int, crc32c: Crc) -> bytes | None:
     """The payload of a whole and sound frame at ``at``, else None."""
     if len(data) - at < HEADER_BYTES:
         return None
@@ -252,7 +252,7 @@ def _judge(name: str, fd: int, offset: int, crc32c: Crc) -> None:
         data += chunk
     if not data.strip(b"\0"):
         return
-    if _frame(data, 0, crc32c) is not None:
+    if whole_frame(data, 0, crc32c) is not None:
         return  # it was still being written a moment ago
     budget = 8 * len(data) + _WINDOW
     others = []
@@ -287,7 +287,7 @@ def _plausible_end(data: bytes, at: int) -> int:
 
 
 def _refuse_whole(name: str, data: bytes, offset: int, at: int, crc32c: Crc) -> None:
-    if _frame(data, at, crc32c) is not None:
+    if whole_frame(data, at, crc32c) is not None:
         raise JournalCorrupt(name, offset, f"the frame at byte {offset + at} is whole")
 
 

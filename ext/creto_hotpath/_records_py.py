@@ -15,7 +15,7 @@ from typing import Any, Final, TypeAlias
 
 import msgpack
 
-from creto_hotpath._journal_file import ABBREVIATED, HEADER, HEADER_BYTES, MAX_PAYLOAD, expand, refers
+from creto_hotpath._journal_file import ABBREVIATED, HEADER_BYTES, expand, refers, whole_frame
 from creto_hotpath._journal_py import crc32c
 
 MAX_FIELDS: Final = 64
@@ -182,7 +182,7 @@ class Records:
         self._begins: list[int] = []
         self._ends: list[int] = []
         self.end = at
-        while len(self._payloads) < limit and (payload := _frame(data, self.end)) is not None:
+        while len(self._payloads) < limit and (payload := whole_frame(data, self.end, crc32c)) is not None:
             size = HEADER_BYTES + len(payload)
             if payload[0] == ABBREVIATED:
                 payload = _whole(data, self.end, payload, offset, earlier)
@@ -271,21 +271,10 @@ def _whole(
     if not refers(of, offset + at):
         return None
     if of >= offset:
-        base = _frame(data, of - offset)
+        base = whole_frame(data, of - offset, crc32c)
     else:
         base = earlier(of) if earlier is not None else None
     return None if base is None or base[0] == ABBREVIATED else expand(base, payload)
-
-
-def _frame(data: bytes, at: int) -> bytes | None:
-    if len(data) - at < HEADER_BYTES:
-        return None
-    length, crc = HEADER.unpack_from(data, at)
-    end = at + HEADER_BYTES + length
-    if not 1 <= length <= MAX_PAYLOAD or end > len(data):
-        return None
-    payload = data[at + HEADER_BYTES : end]
-    return payload if crc32c(data[at : at + 4] + payload) == crc else None
 
 
 def _check_fields(layout: Layout, fields: Sequence[int]) -> None:
