@@ -279,7 +279,7 @@ class Pool:
     per_key: how many stay open for one key; idle_s: how long. Memory: one list per key with connections.
     """
 
-    def __init__(self, *, idle_s: float = 30.0, per_key: int = 64) -> None:
+    def __init__(self, *, idle_s: float = 30.0, per_key: int = 1024) -> None:
         self.idle_ticks = _ticks(idle_s)
         self.per_key = per_key
         self.closed = False

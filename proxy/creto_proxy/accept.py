@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import cast
 
+from creto_hotpath import wire
 from creto_hotpath.relay import Downstream, Exchange, Limits
 from creto_proxy.control import HOST as CONTROL_HOST
 from creto_proxy.conversation import Conversation, StreamConversation
@@ -72,7 +73,7 @@ class Gateway:
         self._names = names
         self._ids = itertools.count(1)
         self._open: dict[Conversation, Downstream] = {}
-        self._servers: list[asyncio.Server] = []
+        self._servers: list[wire.Listener] = []
         self._loops: list[asyncio.Task[None]] = []
         self._tunnels = Tunnels(pipeline)
         self._http2 = Http2(self, http2) if http2 is not None else None
@@ -88,7 +89,6 @@ class Gateway:
 
     async def listen_proxy(self, sock: socket.socket, link: str, way: Way) -> None:
         """Explicit and reverse listeners: plain HTTP/1 from the first byte."""
-        loop = asyncio.get_running_loop()
 
         def connection() -> asyncio.Protocol:
             if not self._admits(link):
@@ -98,7 +98,7 @@ class Gateway:
                 return self._http2.entry(flow, None)
             return cast(asyncio.Protocol, self.converse(flow, None))
 
-        self._servers.append(await loop.create_server(connection, sock=sock, backlog=BACKLOG))
+        self._servers.append(await wire.listen(connection, sock, BACKLOG))
 
     def listen_transparent(self, sock: socket.socket, link: str) -> None:
         """A listener inside an agent's namespace, fed by REDIRECT."""
@@ -199,9 +199,7 @@ class Gateway:
                 'Neither HTTP nor TLS. Plain TCP needs a rule: [egress] allow = ["tcp://host:port"].',
             )
 
-    async def _http(
-        self, sock: socket.socket, flow: Flow, agent: Agent, context: ssl.SSLContext | None = None
-    ) -> None:
+    async def _http(self, sock: socket.socket, flow: Flow, agent: Agent, context: ssl.SSLContext | None = None) -> None:
         """Speaks HTTP on that socket from now on, under TLS with ``context``. Raises OSError when TLS fails."""
         if self._http2 is not None:
             entry = self._http2.entry(flow, agent)
@@ -228,9 +226,7 @@ class Gateway:
             raise _denied("no_server_name", "TLS without a server name cannot be tied to an allowed host.")
         flow.sni = name
         if name == CONTROL_HOST or name not in flow.bound_names:
-            raise _denied(
-                "ip_not_resolved_for_name", f"The address dialled was not answered for {name} on this link."
-            )
+            raise _denied("ip_not_resolved_for_name", f"The address dialled was not answered for {name} on this link.")
         decision = self.pipeline.egress.name_decision(agent, name, flow.port)
         if not decision.allowed and not decision.reason.startswith("host_not_allowed"):
             raise Refused(decision)
@@ -453,7 +449,7 @@ class Gateway:
 
 async def _attach(protocol: asyncio.BaseProtocol, sock: socket.socket, context: ssl.SSLContext | None) -> None:
     if context is None:
-        await asyncio.get_running_loop().connect_accepted_socket(lambda: protocol, sock)
+        await wire.attach(protocol, sock)
     else:
         await accept_tls(protocol, sock, context, _HANDSHAKE_S)
 

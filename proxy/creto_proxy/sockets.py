@@ -8,6 +8,7 @@ import socket
 import ssl
 from typing import TypeVar, cast
 
+from creto_hotpath import wire
 from creto_hotpath.tls import Secured
 from creto_proxy.model import Permit
 
@@ -56,7 +57,7 @@ async def accept_tls(
     """Connects ``protocol`` to what is said under TLS on that socket. Raises OSError, ssl.SSLError among them, when the
     handshake fails or takes longer than ``timeout_s``; the socket is closed then."""
     secured = Secured(protocol, context, timeout_s=timeout_s)
-    await asyncio.get_running_loop().connect_accepted_socket(lambda: secured, sock)
+    await wire.attach(secured, sock)
     await _handshake(secured)
 
 
@@ -66,7 +67,7 @@ async def dial_tls(
     """Connects ``protocol`` to what ``address`` says under TLS, as ``name``. Raises OSError, ssl.SSLError and
     ssl.SSLCertVerificationError among them; how long it may take is the caller's to bound."""
     secured = Secured(protocol, context, server_hostname=name)
-    await asyncio.get_running_loop().create_connection(lambda: secured, address, port)
+    await wire.dial(lambda: secured, address, port)
     await _handshake(secured)
     return cast(asyncio.Transport, secured), protocol
 

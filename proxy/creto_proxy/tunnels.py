@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import socket
 
+from creto_hotpath import wire
 from creto_hotpath.relay import Tunnel
 from creto_proxy.errors import CretoError, Permanent, Refused
 from creto_proxy.model import Agent, Decision, Flow, Kind, Request, Usage, Verdict
@@ -81,7 +81,8 @@ class Tunnels:
             permits = pipeline.upstreams.usable(await pipeline.egress.permits(request))
             upstream = await pipeline.upstreams.open_raw(permits)
             await pipeline.spend(request)
-            _, agent_side = await asyncio.get_running_loop().connect_accepted_socket(Parked, sock)
+            agent_side = Parked()
+            await wire.attach(agent_side, sock)
         except (CretoError, OSError) as error:
             pipeline.meters.release(request)
             if share is not None:

@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
+from creto_hotpath import wire
 from creto_hotpath.relay import Pool, Upstream
 from creto_proxy.egress import genuine
 from creto_proxy.errors import CretoError, UpstreamTimeout, UpstreamUnreachable
@@ -184,7 +185,7 @@ class Upstreams:
             async with asyncio.timeout_at(min(deadline, started + self._dialling.try_s)):
                 if permit.tls:
                     return await dial_tls(make(permit), self._context, permit.name, str(permit.address), permit.port)
-                return await loop.create_connection(lambda: make(permit), str(permit.address), permit.port)
+                return await wire.dial(lambda: make(permit), str(permit.address), permit.port)
         except TimeoutError as error:
             raise UpstreamTimeout(f"{permit.name} did not answer within {loop.time() - started:.3g} s.") from error
         except ssl.SSLCertVerificationError as error:
