@@ -39,6 +39,9 @@ extensions = [
     )
     for name, source in sorted(sources.items())
 ]
+# Cython does not see that the C types of a .py source changed through another .pxd.
+generated = [path.stat().st_mtime for path in Path("build", hotpath).glob("*.c")]
+outdated = any(path.stat().st_mtime > min(generated, default=0.0) for path in hotpath.glob("*.pxd"))
 
 
 class Compile(build_ext):
@@ -58,6 +61,6 @@ setup(
     packages=[*packages, "creto_policies"],
     package_dir={**locations, "creto_policies": "policies"},
     # build_dir keeps generated C out of the tree and out of the wheel.
-    ext_modules=cythonize(extensions, build_dir="build", include_path=["ext"], language_level=3),
+    ext_modules=cythonize(extensions, build_dir="build", include_path=["ext"], language_level=3, force=outdated),
     cmdclass={"build_ext": Compile},
 )

@@ -1,6 +1,7 @@
 # cython: language_level=3
 # The C types of _tls_py.py, for the extension module _tls_c that is compiled from it.
 cimport cython
+cimport creto_hotpath._openssl_c as openssl
 
 ctypedef const unsigned char* octets_t
 
@@ -20,41 +21,44 @@ cdef class Records:
 
 
 cdef class Secured:
+    # What every record needs stands together, within two lines of cache.
     cdef int state
-    cdef object session
-    cdef object _decrypted
-    cdef object _encrypt
-    cdef object _put
-    cdef object _out
-    cdef Records records
-    cdef object protocol
-    cdef object _deliver
-    cdef object timeout_s
-    cdef object loop
-    cdef object plain
-    cdef object _send
+    cdef int silent
+    cdef bint ended
     cdef bint connected
     cdef bint closing
     cdef bint paused
     cdef bint reading
-    cdef bint ended
-    cdef int silent
+    cdef openssl.Engine engine
+    cdef Records records
+    cdef object _deliver
+    cdef object _send
+    cdef bytes held
+    cdef object session
+    cdef object protocol
+    cdef object timeout_s
+    cdef object loop
+    cdef object plain
     cdef Py_ssize_t drained
     cdef object unsent
-    cdef bytes held
     cdef object error
     cdef object _timer
     cdef object _waiter
     cdef object __weakref__
 
+    @cython.locals(size=Py_ssize_t, sent=Py_ssize_t)
+    cpdef write(self, data)
+    @cython.locals(size=Py_ssize_t, sent=Py_ssize_t)
+    cpdef writelines(self, pieces)
     cpdef close(self)
     cpdef abort(self)
     cdef _tell(self)
     cdef _shake(self)
     cdef _greet(self, bytes data)
-    @cython.locals(size=Py_ssize_t, end=Py_ssize_t, records=Records)
+    @cython.locals(size=Py_ssize_t, start=Py_ssize_t, end=Py_ssize_t, records=Records, whole=bytes, content=bytes,
+                   parts=list)
     cdef _decrypt(self, bytes data)
-    cdef _decrypt_many(self, bytes data, Py_ssize_t end)
+    @cython.locals(content=bytes)
     cdef bytes _content(self)
     cdef _aside(self)
     cdef _garbage(self)

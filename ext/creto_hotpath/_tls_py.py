@@ -3,8 +3,8 @@
 
 This one source runs as plain Python and, with the C types of ``_tls_c.pxd``, compiled. What may be spoken (versions,
 ciphers, certificates, names, ALPN) is the ``ssl.SSLContext``'s alone, and OpenSSL does all of it; this layer carries
-bytes. It follows the headers of the records, so OpenSSL is asked for exactly what a whole record holds: asking for more
-than there is costs an exception each time, more than decrypting a small record does.
+bytes between an ``Engine`` and the two sides. It follows the headers of the records, so the engine is asked once for
+each whole record, and for exactly what it holds.
 
 RFC 8446, RFC 5246 and RFC 5746: what ends the connection without a close_notify is a truncation, which the protocol
 sees as a loss; there is no half-close; a peer's wish to renegotiate is refused by the context.
@@ -15,17 +15,22 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from creto_hotpath import _openssl_py as openssl
+elif __name__.endswith("_c"):
+    import creto_hotpath._openssl_c as openssl
+else:
+    import creto_hotpath._openssl_py as openssl
 
 # What a connection is doing.
 _SHAKING, _OPEN, _LINGERING, _OVER = range(4)
 
 _HEADER = 5
-# The types of RFC 8446 section 5.1 and heartbeat; the longest record of TLS 1.2 (RFC 5246 section 6.2.3).
+# The types of RFC 8446 section 5.1 and heartbeat.
 _FIRST_TYPE, _LAST_TYPE, _MAJOR = 20, 24, 3
-_LONGEST = 16384 + 2048
-# Plaintext of one record.
-_FRAGMENT = 16384
+_LONGEST, _FRAGMENT = openssl.LONGEST, openssl.FRAGMENT
 # Tickets, new keys and empty records in a row, before somebody is only keeping us busy.
 _SILENT_LIMIT = 64
 # After close(): how long the peer may take to read what was written and to end its side, and what it may still send.
@@ -99,18 +104,9 @@ class Secured:
         server_hostname: str | None = None,
         timeout_s: float | None = None,
     ) -> None:
-        incoming = ssl.MemoryBIO()
-        outgoing = ssl.MemoryBIO()
         self.state = _SHAKING
-        self.session = context.wrap_bio(
-            incoming, outgoing, server_side=server_hostname is None, server_hostname=server_hostname
-        )
-        # What SSLObject wraps, where it wraps something: two calls less for each record.
-        engine = getattr(self.session, "_sslobj", self.session)
-        self._decrypted = engine.read
-        self._encrypt = engine.write
-        self._put = incoming.write
-        self._out = outgoing.read
+        self.engine = openssl.Engine(context, server_hostname)
+        self.session = self.engine.session
         self.records = Records()
         self.protocol = protocol
         self._deliver = protocol.data_received
@@ -187,7 +183,7 @@ class Secured:
         at = 0
         while at < len(data):
             end = self.records.follow(data, at)
-            self._put(data[at:end])
+            self.engine.put(data, at, end)
             at = end
             if self.records.whole or self.records.broken:
                 self._shake()
@@ -217,60 +213,45 @@ class Secured:
                 self.plain.abort()
 
     def _decrypt(self, data: bytes) -> None:
+        """A record, a piece of one, or several, whose contents are given on together, as they came."""
         records = self.records
-        size = len(data)
-        end = records.follow(data, 0)
-        if end < size:
-            self._decrypt_many(data, end)
-            return
-        self._put(data)
-        if records.whole:
-            content = self._content()
-            if content:
-                self._deliver(content)
-            elif self.ended:
-                self._end()
-        elif records.broken:
-            self._content()
-            self._garbage()
-
-    def _decrypt_many(self, data: bytes, end: int) -> None:
-        """More than one record, or the rest of one and more: given on together, as it came."""
-        records = self.records
-        view = memoryview(data)
         size = len(data)
         start = 0
-        parts: list[bytes] = []
-        while True:
-            # Record by record, so that OpenSSL's buffer, which never shrinks, holds one.
-            self._put(view[start:end])
-            if records.whole or records.broken:
-                content = self._content()
-                if content:
-                    parts.append(content)
-                if records.broken:
-                    self._garbage()
-                if self.ended or self.state != _OPEN:
-                    break
-            start = end
-            if start == size:
-                break
+        whole = b""
+        parts: list[bytes] | None = None
+        while start < size and self.state == _OPEN and not self.ended:
             end = records.follow(data, start)
-        if parts:
-            self._deliver(parts[0] if len(parts) == 1 else b"".join(parts))
+            self.engine.put(data, start, end)
+            start = end
+            if not (records.whole or records.broken):
+                break
+            content = self._content()
+            if records.broken:
+                self._garbage()
+            if parts is not None:
+                parts.append(content)
+            elif not whole:
+                whole = content
+            elif content:
+                parts = [whole, content]
+        self.engine.rest()
+        if parts is not None:
+            whole = b"".join(parts)
+        if whole:
+            self._deliver(whole)
         if self.ended:
             self._end()
 
     def _content(self) -> bytes:
         """The content of the record that was put in last; b"" when it has none for the protocol."""
         try:
-            # Never shorter than the content, which has no compression; reading nothing would look like the end.
-            content: bytes = self._decrypted(self.records.length or 1)
-        except ssl.SSLWantReadError:
-            self._aside()
-            return b""
+            # The record is never shorter than its content: there is no compression.
+            content = self.engine.content(self.records.length)
         except ssl.SSLError as error:
             self._fail(error)
+            return b""
+        if content is None:
+            self._aside()
             return b""
         if content:
             self.silent = 0
@@ -360,18 +341,18 @@ class Secured:
         size = len(data)
         if size == 0 or self.state != _OPEN:
             return
-        if size > _FRAGMENT:
+        if size > _FRAGMENT or not isinstance(data, bytes):
             self.writelines((data,))
             return
         try:
-            # A peer may have asked for shorter records (RFC 6066 section 4), of which this makes one.
-            sent = self._encrypt(data)
+            sent = self.engine.seal(data, 0)
         except ssl.SSLError as error:
             self._fail(error)
             return
-        self._send(self._out())
+        self._send(self.engine.out())
+        self.engine.rest()
         if sent < size:
-            self.writelines((memoryview(data)[sent:],))
+            self.writelines((data[sent:],))
 
     def writelines(self, pieces: Iterable[bytes | bytearray | memoryview]) -> None:
         """Sends them one after the other, with one call to the system if it takes all."""
@@ -380,19 +361,21 @@ class Secured:
         out: list[bytes] = []
         try:
             for piece in pieces:
-                view = memoryview(piece)
-                while len(view):
-                    sent = self._encrypt(view[:_FRAGMENT])
-                    out.append(self._out())
-                    view = view[sent:]
+                octets = piece if isinstance(piece, bytes) else memoryview(piece).cast("B")
+                size = len(octets)
+                sent = 0
+                while sent < size:
+                    sent += self.engine.seal(octets, sent)
+                    out.append(self.engine.out())
         except ssl.SSLError as error:
             self._fail(error)
             return
+        self.engine.rest()
         self.plain.writelines(out)
 
     def _flush(self) -> None:
         """Sends what OpenSSL has to say on its own account."""
-        out = self._out()
+        out = self.engine.out()
         if out and not self.plain.is_closing():
             self._send(out)
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
+
+from creto_hotpath._select import select
 
 if TYPE_CHECKING:
     import asyncio
 
+    from creto_hotpath import _openssl_py as _openssl
     from creto_hotpath import _tls_py
     from creto_hotpath._tls_py import Records
 
@@ -14,10 +17,12 @@ if TYPE_CHECKING:
     class Secured(_tls_py.Secured, asyncio.Protocol): ...
 
 else:
-    from creto_hotpath._select import select
-
+    _openssl = select("openssl")
     _tls = select("tls")
     Records = _tls.Records
     Secured = _tls.Secured
 
-__all__ = ["Records", "Secured"]
+# How records reach OpenSSL: "openssl", libssl is called for each; "ssl", Python's objects are, which takes longer.
+ENGINE: Final = _openssl.choose("openssl")
+
+__all__ = ["ENGINE", "Records", "Secured"]

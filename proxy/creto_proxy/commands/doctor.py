@@ -61,6 +61,7 @@ def examine(operator: Operator) -> Iterator[Check]:
     yield _python()
     yield _extensions()
     yield from _kernel()
+    yield _records()
     yield _self_test("cryptography", _crypto)
     yield _self_test("policy engine", _cedar)
     yield _configuration(operator)
@@ -89,6 +90,16 @@ def _extensions() -> Check:
     if os.environ.get("CRETO_NO_EXTENSIONS", "") not in ("", "0"):
         return Check("compiled path", "warn", "built, but CRETO_NO_EXTENSIONS is set", "unset it: the twins are slow")
     return Check("compiled path", "ok", f"{len(twins)} modules")
+
+
+def _records() -> Check:
+    from creto_hotpath import tls
+
+    if tls.ENGINE == "openssl":
+        return Check("TLS records", "ok", "by libssl")
+    return Check(
+        "TLS records", "warn", "by Python's ssl objects: its libssl is not one creto knows", "it costs CPU only"
+    )
 
 
 def _kernel() -> Iterator[Check]:
