@@ -129,6 +129,8 @@ cdef extern from "nghttp2/nghttp2.h":
         NGHTTP2_SETTINGS_MAX_HEADER_LIST_SIZE
         NGHTTP2_PROTOCOL_ERROR, NGHTTP2_INTERNAL_ERROR, NGHTTP2_ENHANCE_YOUR_CALM
 
+# RFC 8441; headers of older versions do not name it.
+cdef int _ENABLE_CONNECT_PROTOCOL = 8
 cdef int _HEADERS = 0, _DATA = 1, _END = 2, _CLOSED = 3, _ENDED = 4, _GOAWAY = 5, _SETTINGS = 6, _REFUSED = 7
 # Values that must not enter the compression table, where a later guess could confirm them (RFC 7541 section 7.1.3).
 cdef frozenset _SENSITIVE = frozenset((b"authorization", b"cookie", b"proxy-authorization", b"set-cookie", b"x-api-key",
@@ -206,6 +208,7 @@ cdef int _on_frame_recv(nghttp2_session *session, const nghttp2_frame *frame, vo
     if (kind == NGHTTP2_HEADERS or kind == NGHTTP2_DATA) and frame.hd.flags & NGHTTP2_FLAG_END_STREAM:
         self.events.append((_END, frame.hd.stream_id, None, 0))
     elif kind == NGHTTP2_GOAWAY:
+        self.peer_leaves = True
         self.events.append((_GOAWAY, frame.goaway.last_stream_id, None, frame.goaway.error_code))
     elif kind == NGHTTP2_SETTINGS and not frame.hd.flags & NGHTTP2_FLAG_ACK:
         self.events.append((_SETTINGS, 0, None, 0))
@@ -233,6 +236,7 @@ cdef int _on_frame_send(nghttp2_session *session, const nghttp2_frame *frame, vo
     if frame.hd.flags & NGHTTP2_FLAG_END_STREAM and frame.hd.type in (NGHTTP2_DATA, NGHTTP2_HEADERS):
         self.events.append((_ENDED, frame.hd.stream_id, None, 0))
     elif frame.hd.type == NGHTTP2_GOAWAY:
+        self.leaves = True
         self.parting = frame.goaway.error_code
     return 0
 
@@ -307,6 +311,7 @@ cdef class Session:
     cdef Py_ssize_t header_limit
     cdef object failure
     cdef uint32_t parting
+    cdef bint leaves, peer_leaves
 
     def __cinit__(self, bint client, *, uint32_t max_streams=100, uint32_t stream_window=65535,
                   int32_t connection_window=1048576, uint32_t header_list=65536):
@@ -321,6 +326,7 @@ cdef class Session:
         self.header_limit = 4 * <Py_ssize_t>header_list
         self.failure = None
         self.parting = NGHTTP2_PROTOCOL_ERROR
+        self.leaves = self.peer_leaves = False
         if nghttp2_session_callbacks_new(&callbacks) or nghttp2_option_new(&option):
             raise MemoryError
         nghttp2_session_callbacks_set_on_begin_headers_callback(callbacks, _on_begin_headers)
@@ -352,6 +358,10 @@ cdef class Session:
         if client:
             entries[0].settings_id = NGHTTP2_SETTINGS_ENABLE_PUSH
             entries[0].value = 0
+        else:
+            entries[3].settings_id = _ENABLE_CONNECT_PROTOCOL
+            entries[3].value = 1
+            count = 4
         nghttp2_submit_settings(self.session, NGHTTP2_FLAG_NONE, entries, count)
         nghttp2_session_set_local_window_size(self.session, NGHTTP2_FLAG_NONE, 0, connection_window)
 
@@ -385,7 +395,9 @@ cdef class Session:
     @property
     def failed(self):
         """Why the connection is ending by an error found while framing, once that was sent; empty when it is not."""
-        return "" if nghttp2_session_want_read(self.session) else reason_of(self.parting)
+        if nghttp2_session_want_read(self.session) or (self.peer_leaves and not self.leaves):
+            return ""  # a peer that leaves when nothing is open makes no mistake
+        return reason_of(self.parting)
 
     def to_send(self, Py_ssize_t limit=65536):
         cdef const uint8_t *out = NULL

@@ -130,6 +130,7 @@ class Session:
         }
         if not client:
             values[SettingCodes.MAX_CONCURRENT_STREAMS] = max_streams
+            values[SettingCodes.ENABLE_CONNECT_PROTOCOL] = 1  # RFC 8441
         self._h2.local_settings = Settings(client=client, initial_values=values)
         self._h2.max_inbound_frame_size = self._h2.local_settings.max_frame_size
         self._header_limit = 4 * header_list

@@ -45,6 +45,7 @@ cdef class Fields:
     cdef readonly int64_t content_length
     cdef readonly int body
     cdef readonly int minor
+    cdef public bint http2
     cdef readonly bint chunked
     cdef readonly bint keep_alive
     cdef readonly Py_ssize_t end

@@ -1210,8 +1210,8 @@ cdef inline char *put_upgrade(char *o, const char *p, field_t *f) noexcept nogil
     return put(o, b"\r\n", 2)
 
 
-cdef inline char *put_via(char *o, int minor, bytes via) noexcept:
-    o = put(o, b"Via: 1.1 " if minor else b"Via: 1.0 ", 9)
+cdef inline char *put_via(char *o, Fields head, bytes via) noexcept:
+    o = put(o, b"Via: 2.0 " if head.http2 else b"Via: 1.1 " if head.minor else b"Via: 1.0 ", 9)
     o = put_bytes(o, via)
     return put(o, b"\r\n\r\n", 4)
 
@@ -1314,7 +1314,7 @@ cpdef bytes request_bytes(
             if f != NULL:
                 o = put_upgrade(o, p, f)
         o = put_bytes(o, extra)
-        o = put_via(o, head.minor, via)
+        o = put_via(o, head, via)
         return joined(out, o - out, data, start, stop)
     finally:
         if out != stack:
@@ -1354,7 +1354,7 @@ cpdef bytes response_bytes(
             o = put(o, b"Connection: close\r\n", 19)
         elif connection == C_KEEPING:
             o = put(o, b"Connection: keep-alive\r\n", 24)
-        o = put_via(o, head.minor, via)
+        o = put_via(o, head, via)
         return joined(out, o - out, data, start, stop)
     finally:
         if out != stack:

@@ -137,10 +137,14 @@ class BadMessage(ValueError):
 
 
 class Fields:
-    """The header fields of one head, in order. Names are matched without case; values are latin-1 text."""
+    """The header fields of one head, in order. Names are matched without case; values are latin-1 text. http2: set by
+    who knows that the message came by HTTP/2, which Via then says."""
 
-    __slots__ = ("_fields",)
+    __slots__ = ("_fields", "http2")
     _fields: list[tuple[bytes, bytes, int]]
+
+    def __init__(self) -> None:
+        self.http2 = False
 
     @property
     def headers(self) -> Fields:
@@ -901,7 +905,8 @@ def request_bytes(
     for change in changes.values():
         if change is not None:
             out.append(change)
-    out += [b"Via: 1.%d " % head.minor, via, b"\r\n\r\n", data[start:stop]]
+    version = b"2.0" if head.http2 else b"1.%d" % head.minor
+    out += [b"Via: ", version, b" ", via, b"\r\n\r\n", data[start:stop]]
     return b"".join(out)
 
 
@@ -922,7 +927,8 @@ def response_bytes(
         out += [b"Connection: upgrade\r\nUpgrade: ", head.upgrade.encode("ascii"), b"\r\n"]
     else:
         out.append(_CONNECTION[connection])
-    out += [b"Via: 1.%d " % head.minor, via, b"\r\n\r\n", data[start:stop]]
+    version = b"2.0" if head.http2 else b"1.%d" % head.minor
+    out += [b"Via: ", version, b" ", via, b"\r\n\r\n", data[start:stop]]
     return b"".join(out)
 
 

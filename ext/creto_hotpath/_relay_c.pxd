@@ -87,6 +87,7 @@ cdef class Upstream(Timed):
     cdef bint keep
     cdef bint heard
     cdef public bint unprocessed
+    cdef public bint http2
     cdef bint paused
     cdef readonly bint closed
 
@@ -166,6 +167,7 @@ cdef class Downstream(Timed):
     cdef readonly object handler
     cdef readonly Lane lane
     cdef readonly str scheme
+    cdef readonly bint http2
     cdef readonly Pace pace
     cdef readonly object transport
     cdef readonly Exchange exchange

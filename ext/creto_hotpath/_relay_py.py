@@ -325,7 +325,8 @@ class Upstream(Timed):
 
     key: connections with equal keys are interchangeable. It serves one exchange at a time and goes back to the pool
     only after a response whose end is certain, with nothing behind it. unprocessed: set before ``connection_lost`` by
-    a transport whose peer says that it did nothing with the request (RFC 9113 section 8.7).
+    a transport whose peer says that it did nothing with the request (RFC 9113 section 8.7). http2: set by a transport
+    that turns HTTP/2 into what is read here.
     """
 
     def __init__(self, pool: Pool, key: Hashable) -> None:
@@ -343,6 +344,7 @@ class Upstream(Timed):
         self.keep = False
         self.heard = False
         self.unprocessed = False
+        self.http2 = False
         self.closed = True
 
     def connection_made(self, transport: Any) -> None:
@@ -382,6 +384,7 @@ class Upstream(Timed):
             if head is None:
                 self.pending = data[start:] if start else data
                 return
+            head.http2 = self.http2
             if head.status >= 200 or head.status == 101:
                 break
             exchange._relay_interim(head)
@@ -1100,14 +1103,22 @@ class Downstream(Timed):
     """One connection of an agent: an ``asyncio`` protocol that gives each request to its handler.
 
     Requests are answered in the order they came, one at a time; those sent ahead wait in ``pending``. scheme: what
-    the agent speaks on this connection, "http" or "https". lane: is offered each request before the handler.
+    the agent speaks on this connection, "http" or "https". lane: is offered each request before the handler. http2: it
+    is a stream of a connection that speaks HTTP/2.
     """
 
     def __init__(
-        self, handler: Handler, *, limits: Limits | None = None, scheme: str = "http", lane: Lane | None = None
+        self,
+        handler: Handler,
+        *,
+        limits: Limits | None = None,
+        scheme: str = "http",
+        lane: Lane | None = None,
+        http2: bool = False,
     ) -> None:
         super().__init__()
         self.handler = handler
+        self.http2 = http2
         self.lane = lane
         self.scheme = scheme
         # Ten thousand connections may be idle, so what they have in common is kept once.
@@ -1272,6 +1283,7 @@ class Downstream(Timed):
         self._arm(self.pace.idle_ticks)
 
     def _begin(self, head: http1.RequestHead, data: bytes) -> None:
+        head.http2 = self.http2
         self.pos = head.end
         self.pending = data if head.end < len(data) else None
         self.heading = False

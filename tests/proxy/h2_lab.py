@@ -156,6 +156,7 @@ def h2_lab(
             run="w",
             held_body_bytes=parts.get("held_body_bytes", 100_000),
             protection=parts.get("protection", Protection()),
+            messages=parts.get("messages"),
         )
         scheme = parts.get("scheme", "http")
         gateway = Gateway(

@@ -92,7 +92,7 @@ def test_bodies_go_up_with_and_without_a_length(lab: Lab) -> None:
         wire.request(1, (b"content-length", b"5"), end=False, method=b"POST")
         wire.send(frame(DATA, 0, 1, b"he") + frame(DATA, END_STREAM, 1, b"llo"))
         assert read_all(wire).status == 200
-        assert lab.seen[-1].endswith(b"Content-Length: 5\r\nVia: 1.1 creto\r\n\r\nhello")
+        assert lab.seen[-1].endswith(b"Content-Length: 5\r\nVia: 2.0 creto\r\n\r\nhello")
         wire.request(3, end=False, method=b"POST")
         wire.send(frame(DATA, 0, 3, b"he") + frame(DATA, 0, 3, b"llo") + frame(DATA, END_STREAM, 3))
         assert read_all(wire, 3).status == 200
@@ -392,12 +392,29 @@ def test_requests_that_do_not_say_what_they_want(lab: Lab, case: str) -> None:
     assert [each.error for each in lab.recorded(known + 1)[known:]] == [f"http2_{reason}"]
 
 
-@pytest.mark.usefixtures("bystander")
-def test_websockets_over_http2_are_declined(lab: Lab) -> None:
-    """RFC 8441: no setting allows them, and who asks nevertheless is told and recorded."""
+def test_an_agent_that_says_that_it_leaves_leaves_no_other_record(lab: Lab) -> None:
+    """As Node does, and Go: GOAWAY without an error before it closes."""
     known = len(lab.journal())
     with Wire(lab.reverse) as wire:
-        fields = [(b":method", b"CONNECT"), (b":protocol", b"websocket"), (b":scheme", b"http"), (b":path", b"/good/")]
+        wire.request(1)
+        assert read_all(wire).status == 200
+        wire.send(frame(GOAWAY, payload=bytes(8)))
+        assert not any(wire.fate())
+    with Wire(lab.reverse) as wire:
+        wire.request(1, end=False, method=b"POST")
+        wire.send(frame(GOAWAY, payload=bytes(8)) + frame(DATA, END_STREAM, 1, b"the rest"))
+        wire.send(frame(WINDOW, 0, 0, (1 << 20).to_bytes(4, "big")) + frame(WINDOW, 0, 1, (1 << 20).to_bytes(4, "big")))
+        answer = b"".join(got.payload for got in wire.frames() if got.kind == DATA)
+        assert answer == BODY, "what is open is still answered, and then creto closes"
+    assert [each.error for each in lab.recorded(known + 2)[known:]] == ["", ""]
+
+
+@pytest.mark.usefixtures("bystander")
+def test_other_protocols_than_websocket_are_declined(lab: Lab) -> None:
+    """RFC 8441 section 4: who asks for one is told and recorded."""
+    known = len(lab.journal())
+    with Wire(lab.reverse) as wire:
+        fields = [(b":method", b"CONNECT"), (b":protocol", b"connect-udp"), (b":scheme", b"http"), (b":path", b"/good/")]
         wire.send(frame(HEADERS, END_HEADERS, 1, wire.encoder.encode([*fields, (b":authority", b"h.test")])))
         assert wire.answer(1).status == 501
         wire.request(3)

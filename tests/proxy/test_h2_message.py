@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -83,9 +85,28 @@ def test_malformed(case: str) -> None:
         RequestFields(MALFORMED[case])
 
 
-def test_extended_connect_is_not_served() -> None:
+def extended(protocol: bytes, *fields: Pair, method: bytes = b"CONNECT") -> list[Pair]:
+    return [(b":method", method), *GET[1:], (b":protocol", protocol), *fields]
+
+
+def test_extended_connect_for_a_websocket_is_the_upgrade_of_http1() -> None:
+    asked = extended(b"websocket", (b"sec-websocket-version", b"13"), (b"sec-websocket-key", b"theirs"))
+    heads = [read_request(RequestFields(asked).head(absolute=False, ended=True), 0) for _ in range(2)]
+    assert all(head is not None and (head.method, head.upgrade) == ("GET", "websocket") for head in heads)
+    keys = [head.headers.getall("sec-websocket-key") for head in heads if head is not None]
+    assert len(keys[0]) == len(keys[1]) == 1 and keys[0] != keys[1]
+    assert all(len(base64.b64decode(key)) == 16 for [key] in keys)
+
+
+def test_extended_connect_for_anything_else_is_not_served() -> None:
     with pytest.raises(NotServed):
-        RequestFields([(b":method", b"CONNECT"), *GET[1:], (b":protocol", b"websocket")])
+        RequestFields(extended(b"connect-ip"))
+    for odd in (extended(b"websocket", method=b"GET"), extended(b"websocket", (b"content-length", b"0"))):
+        with pytest.raises(Malformed, match="bad_connect"):
+            RequestFields(odd)
+    for absent in range(1, len(GET)):
+        with pytest.raises(Malformed):
+            RequestFields([each for n, each in enumerate(extended(b"websocket")) if n != absent])
 
 
 def test_a_header_bomb_is_too_large() -> None:

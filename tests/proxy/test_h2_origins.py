@@ -146,6 +146,7 @@ def test_prior_knowledge_for_an_http1_agent(tmp_path: Path) -> None:
                         wire.send(b"GET /good/page HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
                         answer = wire.sock.makefile("rb").read()
                     assert answer.startswith(b"HTTP/1.1 200") and answer.count(b"x") >= 300_000
+                    assert b"\r\nVia: 2.0 creto\r\n" in answer
         finally:
             process.terminate()
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from creto_hotpath.h2 import Session
-from creto_hotpath.http1 import HEAD_LIMIT, BadMessage, BodyFramer, ResponseHead, read_response
+from creto_hotpath.http1 import HEAD_LIMIT
 from creto_hotpath.relay import Downstream
-from creto_proxy.h2 import grpc
-from creto_proxy.h2.endpoint import INTERNAL_ERROR, NO_ERROR, PROTOCOL_ERROR, REFUSED_STREAM, Endpoint, Pair, Stream
+from creto_proxy.h2.endpoint import NO_ERROR, PROTOCOL_ERROR, REFUSED_STREAM, Endpoint, Pair, Stream
 from creto_proxy.h2.guard import PREFACE
-from creto_proxy.h2.message import Malformed, NotServed, RequestFields, TooLarge, response_pairs, trailer_fields
+from creto_proxy.h2.message import Malformed, NotServed, RequestFields, TooLarge, trailer_fields
+from creto_proxy.h2.streams import AgentStream, WebSocketStream
 from creto_proxy.model import Agent, Flow
 from creto_proxy.protect import Seat
 
@@ -39,113 +38,6 @@ class Edge(Protocol):
     def h2_downstream(self, flow: Flow, agent: Agent | None, grpc: bool, seat: Seat) -> Downstream: ...
     def h2_refused(self, flow: Flow, agent: Agent | None, reason: str, status: int = 400) -> None: ...
     def h2_gone(self, connection: AgentConnection) -> None: ...
-
-
-class AgentStream(Stream):
-    """One request. trailers: those of the request, once they came. response_trailers, reset_code, from_http2: left here
-    by the origin's stream, for the end of the answer, for the reset in its place, and for what Via says."""
-
-    def __init__(self, endpoint: AgentConnection, stream_id: int, fields: RequestFields) -> None:
-        super().__init__(endpoint, stream_id)
-        self.fields = fields
-        self.trailers: list[Pair] = []
-        self.response_trailers: list[Pair] = []
-        self.reset_code = INTERNAL_ERROR
-        self.from_http2 = False
-        self.finished = False
-        self._via = endpoint.bounds.via
-        self._left = fields.length
-        self._framer: BodyFramer | None = None
-
-    def begin(self, downstream: Downstream, *, absolute: bool, ended: bool) -> None:
-        """Hands the request to the relay. Its body follows."""
-        tunnel = self.fields.method == b"CONNECT"
-        self.protocol = downstream
-        self.chunked = not ended and self.fields.length < 0 and not tunnel
-        downstream.connection_made(self)
-        downstream.data_received(self.fields.head(absolute=absolute, ended=ended or tunnel))
-
-    def receive(self, data: bytes) -> None:
-        if self._left >= 0:
-            self._left -= len(data)
-            if self._left < 0:
-                raise Malformed("content_length_mismatch")
-        super().receive(data)
-
-    def break_off(self, reason: str) -> None:
-        """Ends the request under way, which is recorded with that reason; one that was answered has its record."""
-        downstream = self.protocol
-        exchange = downstream.exchange if isinstance(downstream, Downstream) else None
-        self.reset_code = PROTOCOL_ERROR
-        if exchange is not None:
-            exchange.abort(reason)
-        self.lose()
-
-    def receive_end(self) -> None:
-        if self._left > 0:
-            raise Malformed("content_length_mismatch")
-        super().receive_end()
-
-    # -- what the relay writes: an HTTP/1.1 response
-
-    def write(self, data: bytes | bytearray | memoryview) -> None:
-        if self.finished or self.closed:
-            return
-        whole = bytes(data)
-        at = 0
-        while self._framer is None and at < len(whole):
-            try:
-                head = read_response(whole, at, self.fields.method == b"HEAD")
-            except BadMessage:
-                head = None
-            if head is None:  # the relay writes whole, canonical heads
-                self.abort()
-                return
-            at = head.end
-            if head.status >= 200:
-                self._begin(head, whole)
-            elif not self.fields.grpc:  # gRPC libraries do not know interim answers
-                self.endpoint.session.headers(self.id, response_pairs(head, http2=self.from_http2), False, True)
-        if self._framer is not None and not self.finished:
-            self._queue(self._framer.payload(whole, at))
-            if self._framer.done:
-                self.endpoint.session.end(self.id, self.response_trailers)
-                self._finish()
-        self.endpoint.schedule()
-
-    def writelines(self, pieces: Iterable[bytes | memoryview]) -> None:
-        self.write(b"".join(pieces))
-
-    def _begin(self, head: ResponseHead, data: bytes) -> None:
-        session = self.endpoint.session
-        framer = self._framer = BodyFramer(head.body, head.content_length, 502)
-        if self.fields.grpc and not head.via_names(self._via):
-            session.headers(self.id, grpc.refusal(head, framer.payload(data, head.end)), True)
-            self._finish()
-            return
-        done = framer.done and not self.response_trailers
-        pairs = response_pairs(head, http2=self.from_http2)
-        if self.fields.grpc and done:  # "Trailers-Only": what is not a trailer of the origin's would look like one
-            pairs = [pair for pair in pairs if pair[0] != b"content-length"]
-        session.headers(self.id, pairs, done)
-        if done:
-            self._finish()
-
-    def _finish(self) -> None:
-        self.finished = True
-        self.endpoint.schedule()
-        self.lose()
-
-    def close(self) -> None:
-        """The relay has said all it will."""
-        self.abort()
-
-    def abort(self) -> None:
-        """An answer that is not complete is seen to be so."""
-        if not self.finished and not self.closed:
-            self.endpoint.session.reset(self.id, self.reset_code)
-            self.endpoint.schedule()
-            self.lose()
 
 
 class AgentConnection(Endpoint):
@@ -262,7 +154,8 @@ class AgentConnection(Endpoint):
         if self._flow.tls and fields.scheme == b"http":
             raise Malformed("scheme_mismatch")
         self._active_at = self.loop.time()
-        stream = self._streams[stream_id] = AgentStream(self, stream_id, fields)
+        kind = WebSocketStream if fields.websocket else AgentStream
+        stream = self._streams[stream_id] = kind(self, stream_id, fields, self.bounds.via)
         # A flow of its own: what is learnt of one request must not be taken for another's.
         flow = replace(self._flow, http2=True)
         downstream = self._edge.h2_downstream(flow, self._agent, fields.grpc, self._seat)
@@ -293,7 +186,7 @@ class AgentConnection(Endpoint):
     def sent_end(self, stream_id: int) -> None:
         self._active_at = self.loop.time()
         stream = self._streams.get(stream_id)
-        if stream_id in self._unread or (stream is not None and not stream.heard_end):
+        if stream_id in self._unread or (stream is not None and stream.finished and not stream.heard_end):
             # The answer is complete and the rest of the request not wanted (RFC 9113 section 8.1).
             self.session.reset(stream_id, NO_ERROR)
             self.schedule()
@@ -302,7 +195,12 @@ class AgentConnection(Endpoint):
         self._unread.discard(stream_id)
         stream = self._streams.pop(stream_id, None)
         if stream is not None:
-            stream.lose()
+            stream.gone(code)
+
+    def going_away(self, last: int, code: int) -> None:
+        """The agent leaves; what is open is still answered."""
+        if not self._draining:
+            self._take_no_more()
 
     def lost_streams(self, error: BaseException | None) -> None:
         streams = list(self._streams.values())

@@ -29,6 +29,7 @@ class Reader(Protocol):
     """What the relay's two protocols have in common, as a stream drives them."""
 
     def data_received(self, data: bytes, /) -> None: ...
+    def eof_received(self) -> bool | None: ...
     def pause_writing(self) -> None: ...
     def resume_writing(self) -> None: ...
     def connection_lost(self, exc: BaseException | None, /) -> None: ...
@@ -77,13 +78,16 @@ class Stream:
                     self.protocol.data_received(chunk(data) if self.chunked else data)
                 elif self.heard_end and not self._told_end:
                     self._told_end = True
-                    if self.chunked:
-                        self.protocol.data_received(_LAST_CHUNK)
+                    self._deliver_end(self.protocol)
                 else:
                     break
         finally:
             self._delivering = False
         self.endpoint.schedule()
+
+    def _deliver_end(self, protocol: Reader) -> None:
+        if self.chunked:
+            protocol.data_received(_LAST_CHUNK)
 
     def lose(self, error: BaseException | None = None) -> None:
         """The stream is over for the relay; it hears so in the next turn of the loop, as from any transport."""

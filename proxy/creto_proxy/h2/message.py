@@ -6,6 +6,9 @@ parser look again: CR, LF and NUL anywhere, lengths, connection fields, names th
 
 from __future__ import annotations
 
+import base64
+import os
+
 from creto_hotpath.http1 import FIELD_LIMIT, HEAD_LIMIT, RequestHead, ResponseHead
 
 Pair = tuple[bytes, bytes]
@@ -52,19 +55,28 @@ class RequestFields:
     """A request as HTTP/2 carries it, validated. head(): the same as an HTTP/1.1 head.
 
     length: the Content-Length, -1 for none. grpc: its content is gRPC. trailers: the agent takes trailer fields.
+    websocket: an extended CONNECT for one (RFC 8441), which the head asks for as RFC 6455 does, by GET and an upgrade.
     """
 
-    __slots__ = ("authority", "fields", "grpc", "length", "method", "path", "scheme", "trailers")
+    __slots__ = ("authority", "fields", "grpc", "length", "method", "path", "scheme", "trailers", "websocket")
 
     def __init__(self, pairs: list[Pair]) -> None:
         """Raises Malformed, TooLarge or NotServed."""
         pseudo, fields = split(pairs, _REQUEST_PSEUDO)
-        if b":protocol" in pseudo:  # RFC 8441; the setting that would allow it is not sent
-            raise NotServed("extended_connect")
         self.method = pseudo.get(b":method", b"")
+        protocol = pseudo.get(b":protocol")
+        self.websocket = protocol == b"websocket"
+        if protocol is not None:
+            if self.method != b"CONNECT":
+                raise Malformed("bad_connect")
+            if not self.websocket:
+                raise NotServed("extended_connect")
+            self.method = b"GET"
         self.scheme = pseudo.get(b":scheme", b"")
         self.path = pseudo.get(b":path", b"")
         self.length = content_length(fields)
+        if self.websocket and self.length >= 0:
+            raise Malformed("bad_connect")
         self.trailers = False
         self.grpc = False
         host: bytes | None = None
@@ -84,8 +96,10 @@ class RequestFields:
                     raise Malformed("bad_te")
                 self.trailers = True
                 continue
+            if name == b"sec-websocket-key" and self.websocket:
+                continue  # means nothing here (section 5); the upstream gets one of ours
             if name == b"content-type":
-                self.grpc = is_grpc(value)
+                self.grpc = is_grpc(value) and not self.websocket
             kept.append((name, value))
         if cookies:  # sent in crumbs for the compression (RFC 9113 section 8.2.3)
             kept.append((b"cookie", b"; ".join(cookies)))
@@ -124,7 +138,10 @@ class RequestFields:
         out = [self.method, b" ", target, b" HTTP/1.1\r\nHost: ", self.authority, b"\r\n"]
         for name, value in self.fields:
             out += (name, b": ", value, b"\r\n")
-        if not ended and self.length < 0:
+        if self.websocket:
+            key = base64.b64encode(os.urandom(16))
+            out += (b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Key: ", key, b"\r\n")
+        elif not ended and self.length < 0:
             out.append(b"Transfer-Encoding: chunked\r\n")
         out.append(b"\r\n")
         return b"".join(out)
@@ -173,28 +190,18 @@ def trailer_fields(pairs: list[Pair]) -> list[Pair]:
     return [(name, value) for name, value in fields if name not in _NOT_IN_TRAILERS]
 
 
-def response_pairs(head: ResponseHead, *, http2: bool = False) -> list[Pair]:
-    """The head of an HTTP/1.1 response as HTTP/2 carries it. http2: it came by HTTP/2 before the relay had it."""
+def response_pairs(head: ResponseHead) -> list[Pair]:
+    """The head of an HTTP/1.1 response as HTTP/2 carries it."""
     pairs = [(b":status", b"%d" % head.status)]
     for name, value in head.headers.items():
         key = name.lower().encode("latin-1")
         if key not in _HOP_FIELDS:
             pairs.append((key, value.encode("latin-1")))
-    return _received_by_http2(pairs) if http2 else pairs
-
-
-def _received_by_http2(pairs: list[Pair]) -> list[Pair]:
-    """Via says by which protocol a message was received (RFC 9110 section 7.6.3). The relay adds it as the last field,
-    and sees HTTP/1.1 only."""
-    name, value = pairs[-1]
-    if name == b"via" and value[:4] == b"1.1 ":
-        pairs[-1] = (name, b"2.0 " + value[4:])
     return pairs
 
 
-def request_pairs(head: RequestHead, scheme: bytes, *, trailers: bool, http2: bool = False) -> list[Pair]:
-    """The head of an HTTP/1.1 request, in origin form, as HTTP/2 carries it. trailers: say that they are welcome.
-    http2: it came by HTTP/2 before the relay had it."""
+def request_pairs(head: RequestHead, scheme: bytes, *, trailers: bool) -> list[Pair]:
+    """The head of an HTTP/1.1 request, in origin form, as HTTP/2 carries it. trailers: say that they are welcome."""
     pairs = [(b":method", head.method.encode("ascii")), (b":scheme", scheme), (b":authority", b"")]
     pairs.append((b":path", head.target.encode("ascii")))
     for name, value in head.headers.items():
@@ -203,8 +210,6 @@ def request_pairs(head: RequestHead, scheme: bytes, *, trailers: bool, http2: bo
             pairs[2] = (b":authority", value.encode("latin-1"))
         elif key not in _HOP_FIELDS:
             pairs.append((key, value.encode("latin-1")))
-    if http2:
-        _received_by_http2(pairs)
     if trailers:
         pairs.append((b"te", b"trailers"))
     return pairs

@@ -11,9 +11,9 @@ from creto_hotpath.h2 import Session, SessionError
 from creto_hotpath.http1 import HEAD_LIMIT, BadMessage, BodyFramer, read_request
 from creto_hotpath.relay import Pool, Upstream
 from creto_proxy.errors import UpstreamUnreachable
-from creto_proxy.h2.agents import AgentStream
 from creto_proxy.h2.endpoint import CANCEL, PROTOCOL_ERROR, REFUSED_STREAM, Endpoint, Pair, Stream
 from creto_proxy.h2.message import Malformed, TooLarge, is_grpc, request_pairs, response_head, trailer_fields
+from creto_proxy.h2.streams import AgentStream
 from creto_proxy.model import Permit, Request
 from creto_proxy.sockets import Dialled
 
@@ -37,6 +37,7 @@ class OriginStream(Stream):
     def __init__(self, endpoint: OriginConnection, key: Hashable) -> None:
         super().__init__(endpoint, 0)
         self.upstream = Upstream(endpoint.once, key)
+        self.upstream.http2 = True
         self.protocol = self.upstream
         self._framer: BodyFramer | None = None
         self._head_only = False
@@ -83,7 +84,7 @@ class OriginStream(Stream):
         self._head_only = head.is_head
         agent = self._agent
         trailers = agent is not None and agent.fields.trailers
-        pairs = request_pairs(head, self.endpoint.scheme, trailers=trailers, http2=agent is not None)
+        pairs = request_pairs(head, self.endpoint.scheme, trailers=trailers)
         framer = self._framer = BodyFramer(head.body, head.content_length, 400)
         ended = framer.done and not (agent is not None and agent.trailers)
         self.id = self.endpoint.begin(self, pairs, ended)
@@ -111,9 +112,7 @@ class OriginStream(Stream):
                 raise Malformed("content_length_mismatch")
             self.answered = True
             self.chunked = length < 0 and not ended and not bodiless
-        protocol, agent = self.protocol, self._agent
-        if agent is not None:
-            agent.from_http2 = True
+        protocol = self.protocol
         if protocol is not None:
             protocol.data_received(head)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 from collections.abc import Mapping
 from http import HTTPStatus
 
@@ -16,6 +18,7 @@ from creto_proxy.websocket.transport import WatchedTransport
 from creto_proxy.websocket.watch import Watchers
 
 _EXTENSIONS = "Sec-WebSocket-Extensions"
+_GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 
 
 class Upgrade:
@@ -48,6 +51,8 @@ class Upgrade:
 
     def answered(self, head: ResponseHead) -> None:
         """Raises Permanent when the upgrade is granted in a way that was not asked for."""
+        if self._request.flow.http2:
+            self._require_opened(head)
         if head.status != HTTPStatus.SWITCHING_PROTOCOLS:
             if self._watched is not None:
                 self._watched.stand_down()
@@ -56,6 +61,16 @@ class Upgrade:
             raise Permanent("The server chose an extension that was not offered.", reason="unasked_extension")
         # What it becomes may last longer than its agent stands.
         self._revocations.enter(self, self._request, self._revoked)
+
+    def _require_opened(self, head: ResponseHead) -> None:
+        """An agent that speaks HTTP/2 sees neither the key nor what answers it (RFC 8441 section 5), and to it any 2xx
+        would mean that its WebSocket is open."""
+        if head.status == HTTPStatus.SWITCHING_PROTOCOLS:
+            key = self._exchange.head.headers.get("sec-websocket-key") or ""
+            if head.headers.get("sec-websocket-accept") != _accept_of(key):
+                raise Permanent("The server did not answer the key of the upgrade.", reason="bad_websocket_accept")
+        elif HTTPStatus.OK <= head.status < HTTPStatus.MULTIPLE_CHOICES:
+            raise Permanent("The server did not open a WebSocket.", reason="upgrade_ignored")
 
     def end(self) -> str:
         """Why creto ended it, snake_case; "" when it did not."""
@@ -71,3 +86,8 @@ class Upgrade:
 
     def _broken(self, reason: str) -> None:
         self._error = self._error or reason
+
+
+def _accept_of(key: str) -> str:
+    """What a server proves with that it has understood (RFC 6455 section 4.2.2)."""
+    return base64.b64encode(hashlib.sha1(f"{key}{_GUID}".encode(), usedforsecurity=False).digest()).decode()
