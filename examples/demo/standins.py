@@ -51,12 +51,12 @@ def _usage(prompt: int, completion: int) -> dict[str, Any]:
 async def _events(request: web.Request, events: list[str]) -> web.StreamResponse:
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
     await response.prepare(request)
-    # SDKs hang up at "[DONE]", before the end of the body.
     with contextlib.suppress(ConnectionResetError):
-        for event in events:
+        for event in events[:-1]:
             await response.write(event.encode())
             await asyncio.sleep(0.005)
-        await response.write_eof()
+        # The end of the body with the last event: SDKs hang up once they have read that one.
+        await response.write_eof(events[-1].encode())
     return response
 
 

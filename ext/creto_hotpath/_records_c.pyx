@@ -456,7 +456,7 @@ cdef class Records:
         self.layout = layout
         self.known = {}
         self.stride = layout.count + 6
-        self.make_room(size)
+        self.make_room(max(size, 1))  # for no data, too: memcpy takes no NULL
         memcpy(self.base, PyBytes_AS_STRING(data), size)
         self.filled = size
         self.end = at

@@ -184,9 +184,9 @@ class Gateway:
                 share.disconnect()  # what became of it has counted itself by now
 
     async def _sort(self, sock: socket.socket, flow: Flow, agent: Agent) -> None:
-        name = flow.bound_names[0] if flow.bound_names else None
-        if flow.original is not None and self.pipeline.egress.raw_tcp(name, flow.original[0], flow.port):
-            await self._tunnels.open(sock, flow, agent, name or str(flow.original[0]), "tcp")
+        destination = await self.pipeline.egress.raw_tcp(flow)
+        if destination is not None:
+            await self._tunnels.open(sock, flow, agent, destination, "tcp")
             return
         first = await peek(sock)
         if isinstance(first, Hello):
@@ -271,6 +271,7 @@ class Gateway:
             limits=limits or self._limits,
             scheme="https" if flow.tls else "http",
             lane=None if lanes is None else lanes.lane(flow),
+            http2=flow.http2,
         )
 
     async def connect(self, conversation: Conversation, exchange: Exchange, flow: Flow, request: Request) -> None:

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 FAILED, MISUSED, UNSUPPORTED, INTERRUPTED = 1, 2, 3, 130
 
+# What `creto init` writes.
+_PROJECT_FILE = Path("creto.toml")
+
 # name -> (module:attribute, help). The help stands here so that `creto --help` imports none of them.
 COMMANDS: Mapping[str, tuple[str, str]] = {
     "run": ("creto_proxy.commands.run:run", "Run a command as a governed agent."),
@@ -68,6 +71,7 @@ class Operator:
         self.environ: Mapping[str, str] = os.environ if environ is None else environ
         self._state_dir = state_dir
         self._overrides: dict[tuple[str | int, ...], Any] = {}
+        self._hinted = False
 
     @cached_property
     def _configured(self) -> tuple[Config, tuple[Found, ...]]:
@@ -76,6 +80,10 @@ class Operator:
         overrides = dict(self._overrides)
         if self._state_dir is not None:
             overrides["common", "state_dir"] = str(self._state_dir.absolute())
+        if self.config_file is None and not self._hinted and _PROJECT_FILE.is_file():
+            # An agent that may write where its operator stands must not be able to configure creto by that.
+            self._hinted = True
+            click.echo(f"creto: {_PROJECT_FILE} is not read unless named: --config {_PROJECT_FILE}", err=True)
         return configure(self.config_file, environ=self.environ, overrides=overrides)
 
     @property

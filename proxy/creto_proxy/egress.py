@@ -13,7 +13,7 @@ from typing import Protocol
 from creto_proxy.deadline import Guard
 from creto_proxy.errors import Refused
 from creto_proxy.hookspecs import EgressGuard
-from creto_proxy.model import Address, Agent, Decision, Permit, Request, Verdict
+from creto_proxy.model import Address, Agent, Decision, Flow, Permit, Request, Verdict
 from creto_proxy.settings import Endpoint
 
 _SEAL = object()
@@ -80,11 +80,33 @@ class Egress:
                 return mode
         return "intercept"
 
-    def raw_tcp(self, name: str | None, address: Address, port: int) -> bool:
-        """True when a rule lets bytes that are neither TLS nor HTTP pass to that destination."""
-        return any(
-            self._guard.call(plugin, "egress", guard.raw_tcp, name, address, port) for plugin, guard in self._guards
+    async def raw_tcp(self, flow: Flow) -> str | None:
+        """Where that connection goes, by name or as an address, when a rule lets bytes that are neither TLS nor HTTP
+        pass to it; None when there is no such rule.
+
+        An explicit CONNECT says a name only: guards are asked with the address it has now; without one it goes nowhere.
+        """
+        name = flow.bound_names[0] if flow.bound_names else None
+        address = flow.original[0] if flow.original is not None else await self._first(name or "")
+        if address is None:
+            return None
+        if name is not None and literal(name) is not None:
+            name = None  # the authority of a CONNECT to an address: rules for addresses are about it
+        passes = any(
+            self._guard.call(plugin, "egress", guard.raw_tcp, name, address, flow.port)
+            for plugin, guard in self._guards
         )
+        return (name or str(address)) if passes else None
+
+    async def _first(self, name: str) -> Address | None:
+        """The address a name stands for, as far as that can be known before anything was verified."""
+        pin = self._pins.get(name)
+        if pin is not None:
+            return pin.address
+        try:
+            return next(iter(self._resolver.cached(name) or await self._resolver.resolve(name)), None)
+        except OSError:
+            return None
 
     def permit_now(self, request: Request) -> Permit | None:
         """A Permit when everything needed is known already; None when the name has to be resolved first.

@@ -41,6 +41,7 @@ def test_streamed_completion_is_metered_and_the_client_sees_nothing_extra(creto:
     assert result.out.split()[1:] == ["[]", "True"], "usage was injected upstream and stripped again"
     [row] = result.to("api.openai.com")
     assert row["usage"]["certainty"] == "exact" and row["usage"]["tokens"]["output"] > 0
+    assert row["error"] is None, "the SDK closes after [DONE], and by then it has everything"
     sent = json.loads(creto.world.seen.requests[-1]["body"])
     assert sent["stream_options"] == {"include_usage": True}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -208,6 +209,21 @@ class TestInit:
         assert list((tmp_path / "project/policies").glob("*.cedar"))
         status, _, err = run("config", "check", "--config", "project/creto.toml")
         assert (status, err) == (0, "")
+
+    def test_the_check_it_names_is_of_the_file_it_wrote(self, run: Run) -> None:
+        status, out, _ = run("init", "my project")
+        command = shlex.split(out.splitlines()[-1].partition("creto ")[2])
+        assert status == 0 and command[:2] == ["config", "check"]
+        status, out, err = run(*command)
+        assert (status, err) == (0, "") and "my project/creto.toml" in out
+
+    def test_a_file_that_is_there_and_not_read_is_named(self, run: Run) -> None:
+        run("init")
+        for command in (["config", "check"], ["config", "show", "--json"]):
+            status, out, err = run(*command)
+            assert status == 0 and "--config creto.toml" in err and err.count("\n") == 1
+            assert "creto.toml" not in out
+        assert run("config", "check", "--config", "creto.toml")[2] == ""
 
     @pytest.mark.parametrize("present", ["creto.toml", "policies"])
     def test_overwrites_nothing(self, run: Run, tmp_path: Path, present: str) -> None:

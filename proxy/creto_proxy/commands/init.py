@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 from pathlib import Path
 
@@ -13,8 +14,12 @@ from creto_proxy.cli import Operator
 from creto_proxy.errors import ConfigError, CretoError
 
 CONFIG = """\
-# What this agent may do. `creto config default` prints every setting with its meaning; `creto config check` says
-# whether this file is right; `creto run --config creto.toml -- COMMAND` runs an agent under it.
+# What this agent may do. `creto config default` prints every setting with its meaning.
+#
+#   creto config check --config creto.toml       whether this file is right
+#   creto run --config creto.toml -- COMMAND     an agent under it
+#
+# Creto reads this file only where it is named: what lies about in a directory may be an agent's work.
 
 [common]
 org = "local"
@@ -46,3 +51,5 @@ def init(operator: Operator, directory: Path) -> None:
         raise CretoError(f"{error.filename or directory}: cannot be written: {error.strerror}") from error
     written = [str(target) for target in targets]
     operator.emit([{"written": path} for path in written], {"written": written})
+    if not operator.json:
+        click.echo(f"\nIs it right?  creto config check --config {shlex.quote(written[0])}")
