@@ -146,9 +146,11 @@ cdef bint is_plain_name(const piece_t *name) noexcept nogil:
     if n == 9:
         return memcmp(name.p, b"container", 9) != 0
     if n == 11:
-        return memcmp(name.p, b"mcp_servers", 11) != 0
+        return memcmp(name.p, b"mcp_servers", 11) != 0 and memcmp(name.p, b"max_gen_len", 11) != 0
     if n == 12:
         return memcmp(name.p, b"service_tier", 12) != 0 and memcmp(name.p, b"conversation", 12) != 0
+    if n == 17:
+        return memcmp(name.p, b"generation_config", 17) != 0
     if n == 20:
         return memcmp(name.p, b"previous_response_id", 20) != 0 and memcmp(name.p, b"max_tokens_to_sample", 20) != 0
     return True

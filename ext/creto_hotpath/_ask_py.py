@@ -41,7 +41,7 @@ _TOOLS = frozenset({b"tools", b"functions"})
 # JSON-RPC.
 _NOT_PLAIN = frozenset(
     {b"prompt", b"service_tier", b"speed", b"previous_response_id", b"conversation", b"mcp_servers", b"container",
-     b"max_tokens_to_sample", b"options", b"jsonrpc", b"method"}
+     b"max_tokens_to_sample", b"max_gen_len", b"generation_config", b"options", b"jsonrpc", b"method"}
 )  # fmt: skip
 _URL = (b"http:", b"https:", b"s3:", b"gs:")
 _ELSEWHERE = (b"item_reference", b"web_search", b"web_fetch", b"file_search", b"code_", b"mcp", b"computer")

@@ -6,6 +6,7 @@ what the twin's docstring allows to be captured and held.
 """
 
 import json
+from zlib import crc32
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.dict cimport PyDict_GetItem
@@ -14,12 +15,29 @@ from cpython.unicode cimport PyUnicode_DecodeASCII
 from libc.stdint cimport int64_t, uint64_t
 from libc.string cimport memchr, memcmp, memcpy
 
-from creto_hotpath._usage_fields import MAX_COUNT, anthropic_counts, anthropic_usage, openai_usage, usage_fields
+from creto_hotpath._usage_fields import (
+    CHECKSUM,
+    FRAMINGS,
+    GRAMMARS,
+    MAX_COUNT,
+    MAX_FRAME,
+    MAX_FRAME_HEADERS,
+    MERGED,
+    PRELUDE,
+    anthropic_counts,
+    counts_of,
+    decoded_payload,
+    is_last_word,
+    usage_of,
+)
 
 cdef enum:
     COUNT_LIMIT = 1000000000
     DEPTH_LIMIT = 512
-    KEY_LIMIT = 16
+    KEY_LIMIT = 40
+    NAME_LIMIT = 12
+    PRELUDE_SIZE = 12
+    CHECKSUM_SIZE = 4
     CAPTURE_LIMIT = 16384
     HELD_LIMIT = 262144
 
@@ -33,6 +51,22 @@ cdef enum:
     MODEL = 2
     CHOICES = 3
     WRAPPER = 4
+    LOOSE = 5
+    PAYLOAD = 6
+
+    OUTSIDE = 0
+    NEXT = 1
+    AFTER = 2
+    CLOSED = 3
+
+    DOCUMENT = 0
+    EVENTS = 1
+    LINES = 2
+    FRAMES = 3
+
+    OPENAI = 0
+    ANTHROPIC = 1
+    OTHER = 2
 
     LF = 10
     CR = 13
@@ -46,6 +80,8 @@ cdef enum:
     CLOSE_OBJECT = 125
 
 assert COUNT_LIMIT == MAX_COUNT
+assert (PRELUDE_SIZE, CHECKSUM_SIZE) == (PRELUDE, CHECKSUM)
+assert FRAMINGS == ("document", "events", "lines", "frames")
 MAX_CAPTURE = CAPTURE_LIMIT
 MAX_DEPTH = DEPTH_LIMIT
 MAX_HELD = HELD_LIMIT
@@ -54,8 +90,6 @@ ctypedef const unsigned char* text
 
 cdef uint64_t ONES = 0x0101010101010101ULL
 cdef uint64_t HIGHS = 0x8080808080808080ULL
-
-cdef dict _WRAPPERS = {"openai": b"", "openai-responses": b"response", "anthropic": b"message"}
 
 
 cdef inline bint is_space(unsigned char c) noexcept nogil:
@@ -86,6 +120,62 @@ cdef inline Py_ssize_t line_end(text p, Py_ssize_t i, Py_ssize_t end) noexcept n
     return stop if cr == NULL else cr - p
 
 
+cdef struct name_t:
+    int slot
+    int size
+    bint outer  # stands outermost only
+    const char *text
+
+
+cdef class Table:
+    """What scanners of one dialect and framing have in common."""
+
+    cdef str dialect
+    cdef int family
+    cdef int framing
+    cdef bint merges
+    cdef bint has_loose
+    cdef int count
+    cdef name_t names[NAME_LIMIT]
+    cdef object grammar
+
+    def __cinit__(self, str dialect, str framing):
+        self.dialect = dialect
+        self.family = ANTHROPIC if dialect == "anthropic" else OPENAI if dialect.startswith("openai") else OTHER
+        self.framing = FRAMINGS.index(framing)
+        self.merges = dialect in MERGED
+        self.grammar = grammar = GRAMMARS[dialect]
+        self.has_loose = bool(grammar.loose)
+        self.count = 0
+        if self.framing != DOCUMENT:
+            for name in grammar.wrappers:
+                self._add(name, WRAPPER, True)
+        for name in grammar.usage:
+            self._add(name, USAGE, False)
+        if grammar.model:
+            self._add(grammar.model, MODEL, False)
+        self._add(b"choices", CHOICES, True)
+        for name in grammar.loose:
+            self._add(name, LOOSE, True)
+        if grammar.payload:
+            self._add(grammar.payload, PAYLOAD, True)
+
+    cdef int _add(self, bytes name, int slot, bint outer) except -1:
+        cdef name_t* entry
+        if self.count == NAME_LIMIT:
+            raise ValueError("too many names")
+        entry = &self.names[self.count]
+        entry.slot = slot
+        entry.size = <int>PyBytes_GET_SIZE(name)
+        entry.outer = outer
+        entry.text = PyBytes_AS_STRING(name)  # the grammar, which is held, has it
+        self.count += 1
+        return 0
+
+
+cdef dict _TABLES = {(dialect, framing): Table(dialect, framing) for dialect in GRAMMARS for framing in FRAMINGS}
+
+
 cdef struct document_t:
     int phase
     int depth
@@ -94,7 +184,7 @@ cdef struct document_t:
     int level
     int usage_level
     int key_size
-    int wrapper_size
+    int name_size
     bint in_string
     bint escaped
     bint expect_key
@@ -109,7 +199,7 @@ cdef struct document_t:
     Py_ssize_t cut_from
     Py_ssize_t cut_to
     unsigned char key[KEY_LIMIT]
-    unsigned char wrapper[KEY_LIMIT]
+    unsigned char name[KEY_LIMIT]
     unsigned char stack[DEPTH_LIMIT]
 
 
@@ -119,12 +209,14 @@ cdef class UsageScanner:
     cdef readonly bint rewrites
     cdef readonly bint final
     cdef readonly bint last
-    cdef str dialect
-    cdef bint sse
+    cdef Table table
+    cdef int framing
     cdef document_t d
     cdef bytearray captured
     cdef bytes usage_raw
     cdef bytes model_raw
+    cdef bytes payload_raw
+    cdef dict loose
     cdef dict counts
     cdef bytes named
     cdef Py_ssize_t column
@@ -138,18 +230,27 @@ cdef class UsageScanner:
     cdef bytearray held
     cdef bint too_long
     cdef bint dropped
+    cdef int between
+    cdef bint ended
+    cdef bytearray prelude
+    cdef bytearray checksum
+    cdef Py_ssize_t at
+    cdef Py_ssize_t payload_at
+    cdef Py_ssize_t checksum_at
+    cdef uint64_t crc
 
-    def __init__(self, dialect, sse, strip_usage_chunk=False):
-        if dialect not in _WRAPPERS:
-            raise ValueError(f"unknown dialect {dialect!r}")
-        cdef bytes wrapper = _WRAPPERS[dialect] if sse else b""
+    def __init__(self, dialect, framing, strip_usage_chunk=False):
+        cdef Table table = _TABLES.get((dialect, framing))
+        if table is None:
+            if dialect not in GRAMMARS:
+                raise ValueError(f"unknown dialect {dialect!r}")
+            raise ValueError(f"unknown framing {framing!r}")
         self.rewrites = strip_usage_chunk
         self.final = False
         self.last = False
-        self.dialect = dialect
-        self.sse = sse
-        self.d.wrapper_size = <int>PyBytes_GET_SIZE(wrapper)
-        memcpy(self.d.wrapper, PyBytes_AS_STRING(wrapper), self.d.wrapper_size)
+        self.table = table
+        self.framing = table.framing
+        self.loose = {} if table.has_loose else None
         self.captured = bytearray()
         self.counts = {}
         self.named = b""
@@ -163,6 +264,13 @@ cdef class UsageScanner:
         self.held = bytearray()
         self.too_long = False
         self.dropped = False
+        self.between = NEXT if self.framing == LINES else OUTSIDE
+        self.ended = False
+        self.prelude = self.checksum = None
+        if self.framing == FRAMES:
+            self.prelude, self.checksum = bytearray(), bytearray()
+        self.at = self.payload_at = self.checksum_at = 0
+        self.crc = 0
         self._reset()
 
     @property
@@ -170,7 +278,7 @@ cdef class UsageScanner:
         """Tokens by kind, None as long as they are unknown."""
         if not self.counts:
             return None
-        return anthropic_usage(self.counts) if self.dialect == "anthropic" else dict(self.counts)
+        return dict(self.counts) if self.table.family == OPENAI else usage_of(self.table.dialect, self.counts)
 
     @property
     def model(self):
@@ -188,43 +296,166 @@ cdef class UsageScanner:
 
     def feed(self, bytes data not None):
         """Watches the next bytes. Returns what to send instead when rewriting, else None."""
-        if self.sse:
+        if self.framing == EVENTS:
             return self._feed_stream(data)
-        self._feed_document(<text>PyBytes_AS_STRING(data), 0, PyBytes_GET_SIZE(data), 0)
-        if self.d.phase == END and not self.final:
-            self._count()
-        elif self.d.phase == BAD:
-            self.counts = {}
-            self.named = b""
-            self.final = False
+        if self.framing == FRAMES:
+            self._feed_frames(data)
+        elif self.framing == LINES or self.between != OUTSIDE or self._is_array(data):
+            self._feed_sequence(data)
+        else:
+            self._feed_document(<text>PyBytes_AS_STRING(data), 0, PyBytes_GET_SIZE(data), 0, False)
+            if self.d.phase == END and not self.final:
+                self._count(False)
+            elif self.d.phase == BAD:
+                self.counts = {}
+                self.named = b""
+                self.final = self.last = False
         return data if self.rewrites else None
 
     def finish(self):
         """The answer is complete. Returns what is still to be sent when rewriting, else None."""
         cdef bytearray out = bytearray()
-        if self.sse:
+        if self.framing == EVENTS:
             if self.column:
                 self._end_line()
             self._end_event(b"", 0, 0, out)
+        elif self.d.phase == INSIDE:
+            self.last = False
+        elif self.framing == FRAMES:
+            self.last = self.last and not len(self.prelude)
+        elif self.framing == DOCUMENT and (self.between == NEXT or self.between == AFTER):
+            self.last = False
         return bytes(out) if self.rewrites else None
+
+    cdef int _give_up(self) except -1:
+        self.ended = True
+        self.counts = {}
+        self.named = b""
+        self.final = self.last = False
+        return 0
+
+    # Several documents, one after the other.
+
+    cdef bint _is_array(self, bytes data) except *:
+        cdef Py_ssize_t i
+        if self.d.phase != START or self.table.dialect != "gemini":
+            return False
+        i = skip_space(<text>PyBytes_AS_STRING(data), 0, PyBytes_GET_SIZE(data))
+        return i < PyBytes_GET_SIZE(data) and data[i] == OPEN_ARRAY
+
+    cdef int _feed_sequence(self, bytes data) except -1:
+        cdef text p = <text>PyBytes_AS_STRING(data)
+        cdef Py_ssize_t i = 0, size = PyBytes_GET_SIZE(data)
+        while i < size and not self.ended:
+            if self.d.phase == START:
+                if is_space(p[i]):
+                    i += 1
+                    continue
+                if self.framing != LINES and self._goes_between(p[i]):
+                    i += 1
+                    continue
+                if self.between != NEXT:
+                    return self._give_up()
+            i = self._feed_document(p, i, size, 0, True)
+            if self.d.phase == END:
+                self._count(False)
+                self._reset()
+                if self.framing != LINES:
+                    self.between = AFTER
+                    self.documents = 1
+            elif self.d.phase == BAD:
+                return self._give_up()
+        return 0
+
+    cdef bint _goes_between(self, unsigned char c) except *:
+        if c == OPEN_ARRAY and self.between == OUTSIDE:
+            self.between = NEXT
+        elif c == COMMA and self.between == AFTER:
+            self.between = NEXT
+        elif c == CLOSE_ARRAY and (self.between == AFTER or (self.between == NEXT and not self.documents)):
+            self.between = CLOSED
+        else:
+            return False
+        return True
+
+    # Frames.
+
+    cdef int _feed_frames(self, bytes data) except -1:
+        cdef Py_ssize_t i = 0, size = PyBytes_GET_SIZE(data), end, stop
+        while i < size and not self.ended:
+            if len(self.prelude) < PRELUDE_SIZE:
+                end = min(size, i + PRELUDE_SIZE - len(self.prelude))
+                self.prelude += data[i:end]
+                if len(self.prelude) == PRELUDE_SIZE:
+                    self._begin_frame()
+            elif self.at < self.checksum_at:
+                stop = self.payload_at if self.at < self.payload_at else self.checksum_at
+                end = min(size, i + stop - self.at)
+                self.crc = crc32(data[i:end], self.crc)
+                if self.at >= self.payload_at:
+                    self._feed_document(<text>PyBytes_AS_STRING(data), i, end, 0, False)
+                self.at += end - i
+            else:
+                end = min(size, i + CHECKSUM_SIZE - len(self.checksum))
+                self.checksum += data[i:end]
+                if len(self.checksum) == CHECKSUM_SIZE:
+                    self._end_frame()
+            i = end
+        return 0
+
+    cdef int _begin_frame(self) except -1:
+        cdef bytes prelude = bytes(self.prelude)
+        cdef text p = <text>PyBytes_AS_STRING(prelude)
+        cdef uint64_t total = big_endian(p), headers = big_endian(p + 4)
+        self.at = PRELUDE_SIZE
+        self.payload_at = <Py_ssize_t>(PRELUDE_SIZE + headers)
+        self.checksum_at = <Py_ssize_t>total - CHECKSUM_SIZE
+        if crc32(prelude[:8]) != big_endian(p + 8) or headers > MAX_FRAME_HEADERS or total > MAX_FRAME:
+            return self._give_up()
+        if self.payload_at > self.checksum_at:
+            return self._give_up()
+        self.crc = crc32(prelude)
+        return 0
+
+    cdef int _end_frame(self) except -1:
+        cdef bytes checksum = bytes(self.checksum), inner
+        if big_endian(<text>PyBytes_AS_STRING(checksum)) != self.crc:
+            return self._give_up()
+        if self.d.phase == END:
+            self._count(False)
+            inner = decoded_payload(self.payload_raw) if self.payload_raw else b""
+            if inner:
+                self._reset()
+                self._feed_document(<text>PyBytes_AS_STRING(inner), 0, PyBytes_GET_SIZE(inner), 0, False)
+                if self.d.phase == END:
+                    self._count(True)
+        self._reset()
+        del self.prelude[:]
+        del self.checksum[:]
+        return 0
 
     # The document.
 
     cdef int _reset(self) except -1:
         cdef document_t* d = &self.d
         d.phase = START
-        d.depth = d.slot = d.capturing = d.level = d.usage_level = d.key_size = 0
+        d.depth = d.slot = d.capturing = d.level = d.usage_level = d.key_size = d.name_size = 0
         d.in_string = d.escaped = d.expect_key = d.in_key = d.armed = d.wrapped = False
         d.choices_open = d.choices_empty = d.cut_is_open = False
         d.key_at = d.cut_from = d.cut_to = 0
         d.comma_at = -1
         self.usage_raw = b""
         self.model_raw = b""
+        self.payload_raw = b""
+        if self.loose is not None and len(self.loose):
+            self.loose = {}
         if len(self.captured):
             del self.captured[:]
         return 0
 
-    cdef int _feed_document(self, text p, Py_ssize_t start, Py_ssize_t end, Py_ssize_t shift) except -1:
+    cdef Py_ssize_t _feed_document(
+        self, text p, Py_ssize_t start, Py_ssize_t end, Py_ssize_t shift, bint one
+    ) except -1:
         cdef document_t* d = &self.d
         cdef Py_ssize_t mark = start, i = start
         cdef unsigned char c
@@ -236,7 +467,7 @@ cdef class UsageScanner:
                     continue
                 if d.phase != START or c != OPEN_OBJECT:
                     d.phase = BAD
-                    return 0
+                    return end
                 d.phase = INSIDE
                 d.stack[0] = OPEN_OBJECT
                 d.depth = 1
@@ -251,8 +482,10 @@ cdef class UsageScanner:
                 if not is_space(c):
                     if d.armed:
                         d.armed = False
-                        if d.slot == USAGE or d.slot == MODEL:
+                        if d.slot == USAGE or d.slot == MODEL or d.slot >= LOOSE:
                             d.capturing = d.slot
+                            d.name_size = d.key_size
+                            memcpy(d.name, d.key, d.key_size)
                             d.level = d.depth
                             del self.captured[:]
                             mark = i
@@ -266,11 +499,13 @@ cdef class UsageScanner:
                         d.choices_empty = c == CLOSE_ARRAY
                     if not self._structure(c, p, i, mark, shift):
                         d.phase = BAD
-                        return 0
+                        return end
                 i += 1
+                if one and d.phase == END:
+                    return i
         if d.capturing:
             self._keep(p, mark, end)
-        return 0
+        return end
 
     cdef Py_ssize_t _in_string(self, text p, Py_ssize_t i, Py_ssize_t end) noexcept:
         cdef document_t* d = &self.d
@@ -297,16 +532,13 @@ cdef class UsageScanner:
 
     cdef int _slot_of(self) noexcept:
         cdef document_t* d = &self.d
-        if d.depth == 1 and d.wrapper_size and d.key_size == d.wrapper_size:
-            if memcmp(d.key, d.wrapper, d.key_size) == 0:
-                return WRAPPER
-        if d.key_size == 5:
-            if memcmp(d.key, b"usage", 5) == 0:
-                return USAGE
-            if memcmp(d.key, b"model", 5) == 0:
-                return MODEL
-        if d.depth == 1 and d.key_size == 7 and memcmp(d.key, b"choices", 7) == 0:
-            return CHOICES
+        cdef name_t* name
+        cdef int i
+        for i in range(self.table.count):
+            name = &self.table.names[i]
+            if name.size == d.key_size and (d.depth == 1 or not name.outer):
+                if memcmp(d.key, name.text, d.key_size) == 0:
+                    return name.slot
         return NOTHING
 
     cdef bint _structure(self, unsigned char c, text p, Py_ssize_t i, Py_ssize_t mark, Py_ssize_t shift) except *:
@@ -385,6 +617,12 @@ cdef class UsageScanner:
             if fits and raw[:1] == b'"':
                 self.model_raw = raw
             return 0
+        if slot == LOOSE:
+            self.loose[PyBytes_FromStringAndSize(<const char*>d.name, d.name_size)] = raw if fits else b""
+            return 0
+        if slot == PAYLOAD:
+            self.payload_raw = raw if fits and raw[:1] == b'"' else b""
+            return 0
         self.usage_raw = raw if fits and raw[:1] == b"{" else b""
         d.usage_level = d.level
         d.cut_from = d.cut_to = 0
@@ -439,7 +677,7 @@ cdef class UsageScanner:
         if start < end:
             self.column += 1
             if self.is_data:
-                self._feed_document(p, start, end, shift)
+                self._feed_document(p, start, end, shift, False)
         return 0
 
     cdef int _end_line(self) except -1:
@@ -449,7 +687,7 @@ cdef class UsageScanner:
                 if d.capturing and len(self.captured) <= CAPTURE_LIMIT:
                     self.captured.append(LF)
             elif d.phase == END:
-                self._count()
+                self._count(False)
                 self.documents += 1
                 self.is_usage_chunk = d.choices_empty and len(self.usage_raw) > 0
                 self.cut_from = d.cut_from
@@ -488,35 +726,40 @@ cdef class UsageScanner:
 
     # What a complete document says.
 
-    cdef int _count(self) except -1:
+    cdef int _count(self, bint inner) except -1:
         cdef dict found
         if self.model_raw:
             self.named = self.model_raw
         self.last = False
-        if not self.usage_raw:
+        if not self.usage_raw and (self.loose is None or not len(self.loose)):
             return 0
-        fields = plain_fields(self.usage_raw)
+        fields = None if self.table.family == OTHER else plain_fields(self.usage_raw)
         if fields is None:
-            fields = usage_fields(self.usage_raw)
-            found = anthropic_counts(fields) if self.dialect == "anthropic" else openai_usage(fields)
+            found = counts_of(self.table.dialect, self.usage_raw, self.loose or {})
         else:
-            found = anthropic_counts(fields) if self.dialect == "anthropic" else openai_plain(fields)
+            found = anthropic_counts(fields) if self.table.family == ANTHROPIC else openai_plain(fields)
         if not found:
             return 0
         self.last = True
-        if self.dialect == "anthropic":
+        if self.table.merges:
             for name, count in found.items():
                 if count or name not in self.counts:
                     self.counts[name] = count
         else:
             self.counts = found
-        if not self.sse or self.dialect == "openai-responses":
+        if (self.framing == DOCUMENT and self.between == OUTSIDE) or is_last_word(
+            self.table.dialect,
+            self.loose or {},
+            level=self.d.usage_level,
+            choices_empty=self.d.choices_empty,
+            inner=inner,
+        ):
             self.final = True
-        elif self.dialect == "anthropic":
-            self.final = self.final or self.d.usage_level == 1
-        else:
-            self.final = self.final or self.d.choices_empty
         return 0
+
+
+cdef inline uint64_t big_endian(text p) noexcept nogil:
+    return <uint64_t>p[0] << 24 | <uint64_t>p[1] << 16 | <uint64_t>p[2] << 8 | p[3]
 
 
 cdef bint is_plain(text p, Py_ssize_t size) noexcept nogil:
@@ -566,7 +809,7 @@ cdef dict openai_plain(dict fields):
         if "input" in usage and "output" in usage:
             usage["total"] = usage["input"] + usage["output"]
     elif "input" in usage:
-        usage.setdefault("output", max(0, total - usage["input"]))
+        usage["output"] = max(usage.get("output", 0), total - usage["input"])
     elif "output" in usage:
         usage["input"] = max(0, total - usage["output"])
     return usage

@@ -3,24 +3,43 @@
 An answer is watched by a small machine that knows JSON's brackets and strings and nothing else: it follows the
 depth, compares the names of the outermost members, and keeps only the few bytes of ``usage`` and ``model``. Text that
 a model writes is inside strings, so no prompt can make it look like usage. Between the brackets the grammar is not
-checked: a document counts when brackets and strings balance and nothing but white space follows.
+checked: a document counts when brackets and strings balance and nothing but white space follows. An answer may be one
+document, several in lines or in an array, or come in one of two kinds of stream.
 
 Server-sent events (WHATWG HTML, "Interpreting an event stream"): lines end with LF, CR or CRLF and may be cut at any
 byte by the network; each ``data`` line holds one document, or a part of one when an event spreads it over several.
 
-Memory per scanner: at most ``MAX_CAPTURE`` for a captured value, plus ``MAX_HELD`` when it rewrites. Time is linear in
-the bytes. This file is the specification; ``_usage_c`` is the same machine compiled and answers the same.
+Frames (AWS SDKs, "Amazon event stream"; ``application/vnd.amazon.eventstream``): lengths and a CRC-32 of them, headers,
+a payload with one document, a CRC-32 of it all. A document counts when its frame ends and is intact. Bytes that are no
+frame end the watching, and usage is then unknown.
+
+Memory per scanner: at most ``MAX_CAPTURE`` for a captured value, of which there are seven at most, plus ``MAX_HELD``
+when it rewrites. Time is linear in the bytes. This file is the specification; ``_usage_c`` is the same machine compiled
+and answers the same.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from typing import Literal, TypeAlias
+from zlib import crc32
 
-from creto_hotpath._usage_fields import anthropic_counts, anthropic_usage, openai_usage, usage_fields
-
-Dialect: TypeAlias = Literal["openai", "openai-responses", "anthropic"]
+from creto_hotpath._usage_fields import (
+    CHECKSUM,
+    FRAMINGS,
+    GRAMMARS,
+    MAX_FRAME,
+    MAX_FRAME_HEADERS,
+    MERGED,
+    PRELUDE,
+    Dialect,
+    Framing,
+    Grammar,
+    counts_of,
+    decoded_payload,
+    is_last_word,
+    usage_of,
+)
 
 # Longest value of a "usage" or "model" member that is kept. Real ones are below 1 KiB.
 MAX_CAPTURE = 16 << 10
@@ -29,12 +48,14 @@ MAX_DEPTH = 512
 # Longest event that is held back to be rewritten; a longer one passes unchanged.
 MAX_HELD = 256 << 10
 # Longer than every member name that is looked for, so that a cut name cannot match one.
-_MAX_KEY = 16
-
-_WRAPPERS: dict[str, bytes] = {"openai": b"", "openai-responses": b"response", "anthropic": b"message"}
+_MAX_KEY = 40
 
 _START, _INSIDE, _END, _BAD = range(4)
-_NOTHING, _USAGE, _MODEL, _CHOICES, _WRAPPER = range(5)
+_NOTHING, _USAGE, _MODEL, _CHOICES, _WRAPPER, _LOOSE, _PAYLOAD = range(7)
+# Of these the value is kept.
+_CAPTURED = (_USAGE, _MODEL, _LOOSE, _PAYLOAD)
+# Between the documents of an array: before its bracket, where one may begin, after one, after the closing bracket.
+_OUTSIDE, _NEXT, _AFTER, _CLOSED = range(4)
 
 _SPACE = b" \t\r\n"
 _LF, _CR, _QUOTE, _COMMA, _COLON, _BACKSLASH = b'\n\r",:\\'
@@ -48,9 +69,15 @@ _FIELD = b"data:"
 class _Document:
     """One JSON object, watched byte by byte; ``feed`` may be called with pieces of any size."""
 
-    def __init__(self, wrapper: bytes) -> None:
-        self._keys = {b"usage": _USAGE, b"model": _MODEL, b"choices": _CHOICES}
-        self._wrapper = wrapper
+    def __init__(self, grammar: Grammar, wrapped: bool) -> None:
+        self._inner = dict.fromkeys(grammar.usage, _USAGE)
+        if grammar.model:
+            self._inner[grammar.model] = _MODEL
+        self._outer = {**self._inner, b"choices": _CHOICES, **dict.fromkeys(grammar.loose, _LOOSE)}
+        if grammar.payload:
+            self._outer[grammar.payload] = _PAYLOAD
+        if wrapped:
+            self._outer |= dict.fromkeys(grammar.wrappers, _WRAPPER)
         self.reset()
 
     def reset(self) -> None:
@@ -61,6 +88,7 @@ class _Document:
         self._expect_key = False
         self._in_key = False
         self._key = bytearray()
+        self._name = b""  # of the member that is captured
         self._slot = _NOTHING  # what the member just named is
         self._armed = False  # its colon has been seen, its value comes next
         self._wrapped = False  # inside the wrapper object, at depth 2
@@ -74,12 +102,17 @@ class _Document:
         self.usage = b""
         self.usage_level = 0
         self.model = b""
+        self.loose: dict[bytes, bytes] = {}
+        self.payload = b""
         self.choices_empty = False
         # Bytes to remove so that ``usage: null`` is gone, as offsets into the event; empty when there is none.
         self.cut = (0, 0)
 
-    def feed(self, data: bytes, start: int, end: int, shift: int) -> None:
-        """Watches ``data[start:end]``; ``shift`` turns an index of ``data`` into an offset of the event."""
+    def feed(self, data: bytes, start: int, end: int, shift: int, *, one: bool = False) -> int:
+        """Watches ``data[start:end]``; ``shift`` turns an index of ``data`` into an offset of the event.
+
+        Returns the index where it stopped: ``end``, or, when ``one``, after the last byte of the document.
+        """
         mark = start
         i = start
         while i < end:
@@ -89,7 +122,7 @@ class _Document:
                     continue
                 if self.phase != _START or data[i] != _OPEN_OBJECT:
                     self.phase = _BAD
-                    return
+                    return end
                 self.phase = _INSIDE
                 self._stack.append(_OPEN_OBJECT)
                 self._expect_key = True
@@ -109,10 +142,13 @@ class _Document:
                         self.choices_empty = c == _CLOSE_ARRAY
                     if not self._structure(c, data, i, mark, shift):
                         self.phase = _BAD
-                        return
+                        return end
                 i += 1
+                if one and self.phase == _END:
+                    return i
         if self._capturing:
             self._keep(data, mark, end)
+        return end
 
     def _in_string(self, data: bytes, i: int, end: int) -> int:
         """Index after what was consumed: the rest of the string, one escape, or one byte of a name."""
@@ -138,15 +174,13 @@ class _Document:
         return i + 1
 
     def _slot_of(self, key: bytes) -> int:
-        slot = self._keys.get(key, _NOTHING)
-        if len(self._stack) == 1:
-            return _WRAPPER if self._wrapper and key == self._wrapper else slot
-        return slot if slot != _CHOICES else _NOTHING
+        return (self._outer if len(self._stack) == 1 else self._inner).get(key, _NOTHING)
 
     def _value_begins(self, c: int, i: int, mark: int) -> int:
         self._armed = False
-        if self._slot in (_USAGE, _MODEL):
+        if self._slot in _CAPTURED:
             self._capturing = self._slot
+            self._name = bytes(self._key)
             self._level = len(self._stack)
             self._captured.clear()
             return i
@@ -231,6 +265,12 @@ class _Document:
             if fits and raw[:1] == b'"':
                 self.model = raw
             return
+        if slot == _LOOSE:
+            self.loose[self._name] = raw if fits else b""
+            return
+        if slot == _PAYLOAD:
+            self.payload = raw if fits and raw[:1] == b'"' else b""
+            return
         self.usage = raw if fits and raw[:1] == b"{" else b""
         self.usage_level = self._level
         self.cut = (0, 0)
@@ -249,8 +289,10 @@ class _Document:
 class UsageScanner:
     """Watches one answer; ``usage`` is what it used, None as long as that is unknown (which is not zero).
 
-    dialect: "openai" (chat completions, completions, embeddings), "openai-responses" or "anthropic" (messages).
-    sse: the answer is an event stream, else one JSON document.
+    dialect: "openai" (chat completions, completions, embeddings), "openai-responses", "anthropic" (messages), "gemini",
+    "bedrock", "cohere" or "ollama".
+    framing: "document" (one JSON document; in the "gemini" dialect also an array of them, which is its stream),
+    "events" (server-sent), "lines" (one document each) or "frames" (of AWS).
     strip_usage_chunk: ``feed`` and ``finish`` return the stream as a client sees it that did not ask for usage
     (``stream_options.include_usage``): without the extra event whose ``choices`` are empty and which carries a usage
     object, and without ``"usage": null`` members elsewhere; every other byte is kept. Events longer than ``MAX_HELD``
@@ -259,15 +301,17 @@ class UsageScanner:
     ``feed`` never raises, whatever the bytes.
     """
 
-    def __init__(self, dialect: Dialect, sse: bool, strip_usage_chunk: bool = False) -> None:
-        if dialect not in _WRAPPERS:
+    def __init__(self, dialect: Dialect, framing: Framing, strip_usage_chunk: bool = False) -> None:
+        if dialect not in GRAMMARS:
             raise ValueError(f"unknown dialect {dialect!r}")
+        if framing not in FRAMINGS:
+            raise ValueError(f"unknown framing {framing!r}")
         self.rewrites = strip_usage_chunk
         self.final = False
         self.last = False
         self._dialect = dialect
-        self._sse = sse
-        self._document = _Document(_WRAPPERS[dialect] if sse else b"")
+        self._framing = framing
+        self._document = _Document(GRAMMARS[dialect], framing != "document")
         self._counts: dict[str, int] = {}
         self._model = b""
         # Event stream: where in a line, and what the current event has held so far.
@@ -281,15 +325,23 @@ class UsageScanner:
         self._held = bytearray()
         self._too_long = False
         self._dropped = False
+        # Lines and arrays: what may come between the documents. Whatever cannot be read ends the watching.
+        self._between = _NEXT if framing == "lines" else _OUTSIDE
+        self._ended = False
+        # Frames: the prelude as far as it is here, then the place in the frame and where its parts end.
+        self._prelude = bytearray()
+        self._at = self._payload_at = self._checksum_at = 0
+        self._crc = 0
+        self._checksum = bytearray()
 
     @property
     def usage(self) -> dict[str, int] | None:
         """Tokens by kind, keys as far as reported: ``input`` (with everything read from or written to a cache),
         ``output``, ``cache_read``, ``cache_write``, ``cache_write_1h`` (part of cache_write), ``reasoning``,
-        ``input_audio``, ``output_audio``, ``total``, and ``web_search`` (calls, not tokens). None: unknown."""
-        if not self._counts:
-            return None
-        return anthropic_usage(self._counts) if self._dialect == "anthropic" else dict(self._counts)
+        ``input_audio``, ``output_audio``, the same for ``image`` and ``video``, ``cache_read_audio`` (part of both
+        cache_read and input_audio; so for image and video), ``total``, and ``web_search`` (calls, not tokens). None:
+        unknown."""
+        return usage_of(self._dialect, self._counts) if self._counts else None
 
     @property
     def model(self) -> str:
@@ -304,23 +356,135 @@ class UsageScanner:
 
     def feed(self, data: bytes) -> bytes | None:
         """Watches the next bytes of the answer. Returns what to send instead when rewriting, else None."""
-        if self._sse:
+        if self._framing == "events":
             return self._feed_stream(data)
-        self._document.feed(data, 0, len(data), 0)
-        if self._document.phase == _END and not self.final:
-            self._count()
-        elif self._document.phase == _BAD:
-            self._counts, self._model, self.final = {}, b"", False
+        if self._framing == "frames":
+            self._feed_frames(data)
+        elif self._framing == "lines" or self._between != _OUTSIDE or self._is_array(data):
+            self._feed_sequence(data)
+        else:
+            self._feed_document(data)
         return data if self.rewrites else None
 
     def finish(self) -> bytes | None:
         """The answer is complete. Returns what is still to be sent when rewriting, else None."""
         out = bytearray()
-        if self._sse:
+        if self._framing == "events":
             if self._column:
                 self._end_line()
             self._end_event(b"", 0, 0, out)
+        elif self._document.phase == _INSIDE or self._prelude:
+            self.last = False  # cut off
+        elif self._framing == "document" and self._between in (_NEXT, _AFTER):
+            self.last = False
         return bytes(out) if self.rewrites else None
+
+    def _feed_document(self, data: bytes) -> None:
+        self._document.feed(data, 0, len(data), 0)
+        if self._document.phase == _END and not self.final:
+            self._count()
+        elif self._document.phase == _BAD:
+            self._counts, self._model, self.final, self.last = {}, b"", False, False
+
+    def _give_up(self) -> None:
+        self._ended = True
+        self._counts, self._model, self.final, self.last = {}, b"", False, False
+
+    # Several documents, one after the other.
+
+    def _is_array(self, data: bytes) -> bool:
+        if self._dialect != "gemini" or self._document.phase != _START:
+            return False
+        return data.lstrip(_SPACE)[:1] == b"["
+
+    def _feed_sequence(self, data: bytes) -> None:
+        document = self._document
+        i, size = 0, len(data)
+        while i < size and not self._ended:
+            if document.phase == _START:
+                c = data[i]
+                if c in _SPACE:
+                    i += 1
+                    continue
+                if self._framing != "lines" and self._goes_between(c):
+                    i += 1
+                    continue
+                if self._between != _NEXT:
+                    return self._give_up()
+            i = document.feed(data, i, size, 0, one=True)
+            if document.phase == _END:
+                self._count()
+                document.reset()
+                if self._framing != "lines":
+                    self._between = _AFTER
+                    self._documents = 1
+            elif document.phase == _BAD:
+                return self._give_up()
+
+    def _goes_between(self, c: int) -> bool:
+        """Takes the bracket or comma of an array where one may be."""
+        if c == _OPEN_ARRAY and self._between == _OUTSIDE:
+            self._between = _NEXT
+        elif c == _COMMA and self._between == _AFTER:
+            self._between = _NEXT
+        elif c == _CLOSE_ARRAY and (self._between == _AFTER or (self._between == _NEXT and not self._documents)):
+            self._between = _CLOSED
+        else:
+            return False
+        return True
+
+    # Frames.
+
+    def _feed_frames(self, data: bytes) -> None:
+        i, size = 0, len(data)
+        while i < size and not self._ended:
+            if len(self._prelude) < PRELUDE:
+                end = min(size, i + PRELUDE - len(self._prelude))
+                self._prelude += data[i:end]
+                if len(self._prelude) == PRELUDE:
+                    self._begin_frame()
+            elif self._at < self._checksum_at:
+                stop = self._payload_at if self._at < self._payload_at else self._checksum_at
+                end = min(size, i + stop - self._at)
+                self._crc = crc32(data[i:end], self._crc)
+                if self._at >= self._payload_at:
+                    self._document.feed(data, i, end, 0)
+                self._at += end - i
+            else:
+                end = min(size, i + CHECKSUM - len(self._checksum))
+                self._checksum += data[i:end]
+                if len(self._checksum) == CHECKSUM:
+                    self._end_frame()
+            i = end
+
+    def _begin_frame(self) -> None:
+        total, headers, checksum = (int.from_bytes(self._prelude[at : at + 4], "big") for at in (0, 4, 8))
+        self._at = PRELUDE
+        self._payload_at = PRELUDE + headers
+        self._checksum_at = total - CHECKSUM
+        if crc32(self._prelude[:8]) != checksum or headers > MAX_FRAME_HEADERS or total > MAX_FRAME:
+            return self._give_up()
+        if self._payload_at > self._checksum_at:
+            return self._give_up()
+        self._crc = crc32(self._prelude)
+
+    def _end_frame(self) -> None:
+        document = self._document
+        if int.from_bytes(self._checksum, "big") != self._crc:
+            return self._give_up()
+        if document.phase == _END:
+            self._count()
+            inner = decoded_payload(document.payload)
+            if inner:
+                document.reset()
+                document.feed(inner, 0, len(inner), 0)
+                if document.phase == _END:
+                    self._count(inner=True)
+        document.reset()
+        self._prelude.clear()
+        self._checksum.clear()
+
+    # Server-sent events.
 
     def _feed_stream(self, data: bytes) -> bytes | None:
         out = bytearray()
@@ -405,30 +569,28 @@ class UsageScanner:
             out += self._held
             self._held.clear()
 
-    def _count(self) -> None:
-        """Takes over what the complete document says."""
+    def _count(self, *, inner: bool = False) -> None:
+        """Takes over what the complete document says. inner: it was inside another."""
         document = self._document
         if document.model:
             self._model = document.model
-        fields = usage_fields(document.usage)
-        found = anthropic_counts(fields) if self._dialect == "anthropic" else openai_usage(fields)
+        found = counts_of(self._dialect, document.usage, document.loose)
         self.last = bool(found)
         if not found:
             return
-        if self._dialect == "anthropic":
+        if self._dialect in MERGED:
             for name, count in found.items():
                 if count or name not in self._counts:
                     self._counts[name] = count
         else:
             self._counts = found
-        self.final = self.final or self._is_last_word()
-
-    def _is_last_word(self) -> bool:
-        if not self._sse or self._dialect == "openai-responses":
-            return True
-        if self._dialect == "anthropic":
-            return self._document.usage_level == 1
-        return self._document.choices_empty
+        level = document.usage_level
+        if self._framing == "document" and self._between == _OUTSIDE:
+            self.final = True
+        elif is_last_word(
+            self._dialect, document.loose, level=level, choices_empty=document.choices_empty, inner=inner
+        ):
+            self.final = True
 
 
 def object_members(body: bytes) -> list[tuple[bytes, int, int, int]]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from creto_hotpath._usage_py import MAX_CAPTURE, MAX_DEPTH, MAX_HELD, Dialect
+from creto_hotpath._usage_fields import Dialect, Framing
+from creto_hotpath._usage_py import MAX_CAPTURE, MAX_DEPTH, MAX_HELD
 
 if TYPE_CHECKING:
     from creto_hotpath._usage_py import UsageScanner, object_members
@@ -15,4 +16,4 @@ else:
     UsageScanner = _usage.UsageScanner
     object_members = _usage.object_members
 
-__all__ = ["MAX_CAPTURE", "MAX_DEPTH", "MAX_HELD", "Dialect", "UsageScanner", "object_members"]
+__all__ = ["MAX_CAPTURE", "MAX_DEPTH", "MAX_HELD", "Dialect", "Framing", "UsageScanner", "object_members"]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
 from creto_hotpath.ask import TARIFF_TOKENS, Tariff
 from creto_hotpath.ask import Ask as Plain
 from creto_hotpath.usage import object_members
+from creto_metering import native
 from creto_metering.prices import Price
 from creto_metering.providers import Endpoint
 
@@ -47,7 +48,18 @@ class _Body(msgspec.Struct):
     speed: str | None = None
 
 
+class _NativeBody(msgspec.Struct):
+    """model, stream: not where the path says so. service_tier: elsewhere an object, which changes no price here."""
+
+    model: str = ""
+    stream: bool | None = None
+    service_tier: Any = None
+    serviceTier: Any = None
+
+
 _DECODER = msgspec.json.Decoder(_Body)
+_NATIVE_DECODER = msgspec.json.Decoder(_NativeBody)
+_Fields = TypeVar("_Fields", _Body, _NativeBody)
 
 
 def estimate_tokens(size: int) -> int:
@@ -113,14 +125,17 @@ class Ask(NamedTuple):
 
 
 def plain_ask(endpoint: Endpoint, size: int, plain: Plain) -> Ask:
-    """What ``parse_ask`` finds in a body of ``size`` bytes in which one look found ``plain``."""
+    """What ``parse_ask`` finds in a body of ``size`` bytes in which one look found ``plain``.
+
+    endpoint: of a dialect that has the same words for the same things, as OpenAI's and Anthropic's; see ``is_plain``.
+    """
     chat = endpoint.operation in ("chat", "completion")
     return Ask(
         endpoint,
         size,
-        plain.model or endpoint.deployment,
+        _model(endpoint, plain.model or ""),
         plain.stream is True,
-        not chat or plain.includes_usage,
+        not _can_ask_for_usage(endpoint) or plain.includes_usage,
         plain.limit,
         plain.choices if chat else 1,
         plain.refers,
@@ -132,29 +147,77 @@ def plain_ask(endpoint: Endpoint, size: int, plain: Plain) -> Ask:
 
 def parse_ask(endpoint: Endpoint, body: bytes) -> Ask:
     """What ``body`` asks for. Raises BadBody for anything that two parsers could read in two ways."""
+    if endpoint.dialect in native.NATIVE:
+        return _parse_native(endpoint, body)
     members = _members(body, "$")
-    try:
-        fields = _DECODER.decode(body)
-    except UnicodeDecodeError:
-        raise BadBody("text that is not UTF-8") from None
-    except (msgspec.DecodeError, RecursionError) as error:
-        raise BadBody(str(error)) from None
+    fields = _decoded(_DECODER, body)
     if (options := members.get("stream_options")) is not None and fields.stream_options is not None:
         _members(body[options[0] : options[1]], "$.stream_options")
     chat = endpoint.operation in ("chat", "completion")
     return Ask(
         endpoint=endpoint,
         size=len(body),
-        model=fields.model or endpoint.deployment,
+        model=_model(endpoint, fields.model),
         streams=bool(fields.stream),
-        wants_usage=not chat or bool((fields.stream_options or {}).get("include_usage")),
+        wants_usage=not _can_ask_for_usage(endpoint) or bool((fields.stream_options or {}).get("include_usage")),
         output_limit=_limit(fields),
         choices=_choices(fields) if chat else 1,
         refers=_refers(endpoint, members, body),
         caches=b'"cache_control"' in body or endpoint.dialect != "anthropic",
         audio=b'"audio"' in body or b'"input_audio"' in body,
-        when=_price_facts(fields),
+        when=_price_facts(fields.service_tier, fields.speed),
     )
+
+
+def is_plain(endpoint: Endpoint) -> bool:
+    """Whether one look at a body can find what ``parse_ask`` would, and nothing in the head matters."""
+    return endpoint.dialect not in native.NATIVE and endpoint.provider != "bedrock"
+
+
+def _parse_native(endpoint: Endpoint, body: bytes) -> Ask:
+    fields = _decoded(_NATIVE_DECODER, body)
+    try:
+        tokens, answers = native.limits(endpoint.dialect, body, _members)
+    except BadBody:
+        raise
+    except ValueError as error:
+        raise BadBody(str(error)) from None
+    tiers = (fields.service_tier, fields.serviceTier)
+    tier = next((word for word in tiers if isinstance(word, str)), None)
+    return Ask(
+        endpoint=endpoint,
+        size=len(body),
+        model=_model(endpoint, fields.model),
+        streams=bool(fields.stream),
+        wants_usage=True,  # their streams say it unasked
+        output_limit=_largest(tokens),
+        choices=_bounded(max(1, *answers) if answers else 1),
+        refers=native.refers(endpoint.dialect, body),
+        caches=native.caches(endpoint.dialect, body),
+        audio=native.sounds(endpoint.dialect, body),
+        when=_price_facts(tier, None),
+    )
+
+
+def _decoded(decoder: msgspec.json.Decoder[_Fields], body: bytes) -> _Fields:
+    try:
+        return decoder.decode(body)
+    except UnicodeDecodeError:
+        raise BadBody("text that is not UTF-8") from None
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise BadBody(str(error)) from None
+
+
+def _model(endpoint: Endpoint, said: str) -> str:
+    """In OpenAI's dialect the path may name a deployment, whose name is not its model's; elsewhere it decides."""
+    if endpoint.dialect in ("openai", "openai-responses"):
+        return said or endpoint.deployment
+    return endpoint.deployment or said
+
+
+def _can_ask_for_usage(endpoint: Endpoint) -> bool:
+    """``stream_options`` is a word of completions in OpenAI's dialect."""
+    return endpoint.dialect == "openai" and endpoint.operation in ("chat", "completion")
 
 
 def with_usage_included(body: bytes) -> bytes:
@@ -206,20 +269,27 @@ def _members(text: bytes, where: str) -> dict[str, tuple[int, int]]:
 def _limit(fields: _Body) -> int | None:
     """The largest limit it names, since servers differ in which they obey. Negative ones mean none (llama.cpp)."""
     limits = [v for v in (fields.max_tokens, fields.max_completion_tokens, fields.max_output_tokens) if v is not None]
+    return _largest([] if limits and min(limits) < 0 else limits)
+
+
+def _largest(limits: list[int]) -> int | None:
     if any(limit > 10**9 for limit in limits):
         raise BadBody("a limit of more than 1000000000 output tokens")
-    return None if not limits or min(limits) < 0 else max(limits)
+    return max(limits, default=None)
 
 
 def _choices(fields: _Body) -> int:
-    choices = max(1, fields.n or 1, fields.best_of or 1) * _prompts(bytes(fields.prompt))
+    return _bounded(max(1, fields.n or 1, fields.best_of or 1) * _prompts(bytes(fields.prompt)))
+
+
+def _bounded(choices: int) -> int:
     if choices > 10**6:
         raise BadBody("more than 1000000 answers")
     return choices
 
 
-def _price_facts(fields: _Body) -> dict[str, str]:
-    facts = (("service_tier", fields.service_tier), ("speed", fields.speed))
+def _price_facts(service_tier: str | None, speed: str | None) -> dict[str, str]:
+    facts = (("service_tier", service_tier), ("speed", speed))
     # Prices are remembered by these words; a word longer than any real one has no price and is not kept.
     return {name: word for name, word in facts if word and len(word) <= 32}
 

@@ -15,7 +15,11 @@ from typing import Any
 
 from creto_metering.prices import FORMAT
 
-PROVIDERS = ("openai", "anthropic", "azure", "mistral", "groq", "deepseek", "x-ai", "cerebras")
+PROVIDERS = (
+    "openai", "anthropic", "azure", "mistral", "groq", "deepseek", "x-ai", "cerebras", "google", "aws", "cohere",
+)  # fmt: skip
+# Those that have another name here.
+_NAMES = {"aws": "bedrock"}
 
 _KINDS = {
     "input_mtok": "input",
@@ -26,11 +30,16 @@ _KINDS = {
     "input_audio_mtok": "input_audio",
     "output_audio_mtok": "output_audio",
     "web_searches_kcount": "web_search",
+    "cache_audio_read_mtok": "cache_read_audio",
+    "input_image_mtok": "input_image",
+    "input_video_mtok": "input_video",
+    "output_image_mtok": "output_image",
+    "output_video_mtok": "output_video",
 }
 # What a request can ask for that changes its price. Batch prices are left out: batches are not metered inline.
 _FACTS = frozenset({"service_tier", "speed"})
 
-# Most output tokens of OpenAI models, whose API does not require a limit; genai-prices does not have them. First match
+# Most output tokens of models whose API does not require a limit; genai-prices does not have them. First match
 # wins. From published tables of limits, the higher value where those disagree (gpt-5-pro); later gpt-5 models are
 # assumed to be like gpt-5. Models not listed reserve their context window. A limit that is too low here lets a request
 # use more than it reserved, which is then carried as a debt.
@@ -45,6 +54,27 @@ _MAX_OUTPUT = (
     (r"^o1-preview", 32_768),
     (r"^o[134]", 100_000),
 )
+# The same for other providers. Claude needs a limit everywhere but in Bedrock's Converse, where it may be left out;
+# Gemini's thoughts are within its limit.
+_MAX_OUTPUT_AT: Mapping[str, tuple[tuple[str, int], ...]] = {
+    "google": (
+        (r"^gemini-2\.5-flash-image", 32_768),
+        (r"^gemini-(?:2\.5|[3-9]|nano|omni|robotics)", 65_536),
+        (r"^gemini|^gemma-", 8_192),
+    ),
+    "bedrock": (
+        (r"claude-3-(?:opus|sonnet|haiku)", 4_096),
+        (r"claude-3-5", 8_192),
+        (r"claude-opus-4-(?:1-)?2025", 32_000),
+        (r"claude-(?:sonnet-4-2025|sonnet-4-5|haiku-4-5|opus-4-5)", 64_000),
+        (r"claude-", 128_000),
+        (r"nova-2", 65_536),
+        (r"nova-(?:micro|lite|pro|premier)", 10_000),
+        (r"^meta\.llama|^amazon\.titan-text", 8_192),
+    ),
+}
+# What models of Gemini read at once whose window genai-prices does not have.
+_GEMINI_WINDOW = 1_048_576
 
 
 class ImporterMissing(Exception):
@@ -68,7 +98,8 @@ def import_prices(providers: Iterable[str] = PROVIDERS) -> tuple[dict[str, Any],
     for name in providers:
         lenders = [known[p] for p in known[name].fallback_model_providers or () if p in ("openai", "anthropic")]
         for source in (known[name], *lenders):
-            rows += [row for model in source.models if (row := _row(name, model, skipped)) is not None]
+            as_named = _NAMES.get(name, name)
+            rows += [row for model in source.models if (row := _row(as_named, model, skipped)) is not None]
     return {"format": FORMAT, "source": f"genai-prices {version('genai-prices')}", "models": rows}, skipped
 
 
@@ -87,7 +118,10 @@ def _row(provider: str, model: Any, skipped: list[str]) -> dict[str, Any] | None
     row: dict[str, Any] = {"provider": provider, "model": model.id, "match": _clause(model.match)}
     if model.context_window:
         row["context_window"] = model.context_window
-    limit = next((limit for pattern, limit in _MAX_OUTPUT if re.search(pattern, model.id)), 0)
+    elif provider == "google" and model.id.startswith("gemini"):
+        row["context_window"] = _GEMINI_WINDOW
+    limits = _MAX_OUTPUT_AT.get(provider, _MAX_OUTPUT)
+    limit = next((limit for pattern, limit in limits if re.search(pattern, model.id)), 0)
     if limit:
         row["max_output"] = limit
     row["prices"] = versions

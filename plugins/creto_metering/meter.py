@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
+from types import MappingProxyType
 
-from creto_hotpath.usage import Dialect, UsageScanner
-from creto_metering.ask import Ask, BadBody, parse_ask, plain_ask, with_usage_included
+from creto_hotpath.usage import Dialect, Framing, UsageScanner
+from creto_metering import native
+from creto_metering.ask import Ask, BadBody, is_plain, parse_ask, plain_ask, with_usage_included
 from creto_metering.budgets import COST, Amounts, Budgets, Hold, Refusal, retry_after_s
 from creto_metering.money import MAX_NANO
 from creto_metering.prices import Price, PriceBook
@@ -22,6 +24,16 @@ log = logging.getLogger("creto.metering")
 
 NOTE = "metering"
 _ONE_REQUEST: Amounts = (1, 0, 0)
+# An answer that comes as it is.
+_READABLE = {"accept-encoding": "identity"}
+_FRAMINGS: Mapping[str, Framing] = {
+    "application/json": "document",
+    "text/event-stream": "events",
+    "application/vnd.amazon.eventstream": "frames",
+    # What Ollama streams, and Cohere's first version.
+    "application/x-ndjson": "lines",
+    "application/stream+json": "lines",
+}
 
 
 @dataclass(slots=True)
@@ -97,7 +109,8 @@ class RequestMeter:
         if ticket is None:
             return None
         if ticket.ask is not None:
-            metering = None if request.ask is None else self._metering(request, ticket, ticket.ask)
+            plain = request.ask is not None and is_plain(ticket.ask.endpoint)
+            metering = self._metering(request, ticket, ticket.ask) if plain else None
             return None if metering is None else Lease(exact=True, asks=True, metering=metering)
         # On the host of a provider the path says whether a model is used.
         exact = self._providers.provider(request.host) is not None
@@ -133,10 +146,16 @@ class RequestMeter:
         if ticket is None or ticket.ask is None:
             return None
         ask, body = ticket.ask, None
+        # Bedrock is the one provider whose clients sign; elsewhere the field means nothing.
+        aws = ask.endpoint.provider == "bedrock"
+        signed = native.signed_fields(request.headers.get("authorization")) if aws else None
+        if signed is not None:
+            # What is signed stays as it is: usage is then unknown where an answer is encoded, or a stream without it.
+            return None if "accept-encoding" in signed else Edits(headers=_READABLE)
         if self._settings.include_usage and ask.streams and not ask.wants_usage and request.body is not None:
             body = with_usage_included(request.body)
             ticket.hides_usage = True
-        return Edits(headers={"accept-encoding": "identity"}, body=body)
+        return Edits(headers=_READABLE, body=body)
 
     def tap(self, request: Request, status: int, content_type: str) -> Tap | None:
         """Watches JSON and event streams that answer a model request."""
@@ -153,19 +172,30 @@ class RequestMeter:
         if ticket.ask is None:
             self._charge(ticket, _ONE_REQUEST)
             return Usage()
-        actual, usage = self._account(ticket.ask, ticket.price, tap, status, completed, ticket.amounts)
+        head = request.answer if ticket.ask.endpoint.dialect == "bedrock" else None
+        said = {} if head is None else native.counted_in_head(head.get)
+        actual, usage = self._account(ticket.ask, ticket.price, tap, status, completed, ticket.amounts, said)
         self._charge(ticket, actual)
         return usage
 
     def _account(
-        self, ask: Ask, reserved_at: Price | None, tap: Tap | None, status: int, completed: bool, held: Amounts
+        self,
+        ask: Ask,
+        reserved_at: Price | None,
+        tap: Tap | None,
+        status: int,
+        completed: bool,
+        held: Amounts,
+        said: Mapping[str, int] = MappingProxyType({}),
     ) -> tuple[Amounts, Usage]:
-        """What is charged for an answer, and the usage to record."""
+        """What is charged for an answer, and the usage to record. said: usage in its head, for want of a better."""
         endpoint = ask.endpoint
         tokens, model, exact = None, "", False
         if isinstance(tap, UsageScanner):
             tokens, model = tap.usage, tap.model
             exact = tap.final or (completed and tap.last)
+        if said and (tokens is None or tokens.keys() < said.keys()):
+            tokens, exact = dict(said), completed
         if tokens is None:
             if status >= 400:
                 # Providers do not bill errors; the request itself was made.
@@ -190,6 +220,7 @@ class RequestMeter:
         body = request.body or b""
         plain = request.ask
         try:
+            plain = plain if is_plain(endpoint) else None
             ask = parse_ask(endpoint, body) if plain is None else plain_ask(endpoint, len(body), plain)
         except BadBody as error:
             return _bad_body(str(error))
@@ -232,12 +263,14 @@ def _ticket(request: Request) -> Ticket | None:
 
 
 def _tap(dialect: Dialect, hides_usage: bool, content_type: str) -> UsageScanner | None:
+    framing = _framing(content_type)
+    return None if framing is None else UsageScanner(dialect, framing, hides_usage and framing == "events")
+
+
+@lru_cache(64)
+def _framing(content_type: str) -> Framing | None:
     media = content_type.partition(";")[0].strip().lower()
-    if media == "text/event-stream":
-        return UsageScanner(dialect, True, hides_usage)
-    if media == "application/json" or media.endswith("+json"):
-        return UsageScanner(dialect, False)
-    return None
+    return _FRAMINGS.get(media, "document" if media.endswith("+json") else None)
 
 
 def _bad_body(why: str) -> Decision:
@@ -250,7 +283,8 @@ def _unmetered(request: Request) -> Decision:
         Verdict.DENY,
         "unmetered_endpoint",
         f"What this asks of {request.host} cannot be metered, and this agent has a budget. Use chat completions, "
-        'responses, embeddings or messages over HTTP, or set metering.unmetered = "allow".',
+        "responses, embeddings, messages or what the provider has instead of them over HTTP, or set "
+        'metering.unmetered = "allow".',
     )
 
 

@@ -28,9 +28,21 @@ _DAY_NS = 86_400 * SECOND_NS
 # Names come from agents and upstreams; longer ones are no model's.
 MAX_MODEL_NAME = 256
 
-KINDS = ("input", "output", "cache_read", "cache_write", "cache_write_1h", "input_audio", "output_audio", "web_search")
+KINDS = (
+    "input", "output", "cache_read", "cache_write", "cache_write_1h", "input_audio", "output_audio", "web_search",
+    "cache_read_audio", "input_image", "input_video", "output_image", "output_video",
+)  # fmt: skip
 # A usage of nothing else has two rates.
 _PLAIN = frozenset({"input", "output", "reasoning", "total"})
+# A usage with none of these is of text and sound, none of which was cached.
+_RICH = frozenset(
+    {"cache_read_audio", "cache_read_image", "cache_read_video", "input_image", "input_video", "output_image"}
+    | {"output_video"}
+)
+# Providers whose models cost what they do at another.
+_PRICED_AS = {"google-vertex": "google"}
+# Providers that number the stable versions of a model ("gemini-2.0-flash-001"), which cost the same.
+_NUMBERED = frozenset(_PRICED_AS.values())
 
 
 class PricesInvalid(ValueError):
@@ -49,6 +61,11 @@ class Rates:
     input_audio: int = 0
     output_audio: int = 0
     web_search: int = 0
+    cache_read_audio: int = 0
+    input_image: int = 0
+    input_video: int = 0
+    output_image: int = 0
+    output_video: int = 0
 
     @classmethod
     def compiled(cls, rates: Mapping[str, int]) -> Rates:
@@ -56,15 +73,21 @@ class Rates:
         plain_in = rates.get("input", 0)
         plain_out = rates.get("output", 0)
         write = rates.get("cache_write", plain_in)
+        read = rates.get("cache_read", plain_in)
         return cls(
             input=plain_in,
             output=plain_out,
-            cache_read=rates.get("cache_read", plain_in),
+            cache_read=read,
             cache_write=write,
             cache_write_1h=rates.get("cache_write_1h", write),
             input_audio=rates.get("input_audio", plain_in),
             output_audio=rates.get("output_audio", plain_out),
             web_search=rates.get("web_search", 0),
+            cache_read_audio=rates.get("cache_read_audio", read),
+            input_image=rates.get("input_image", plain_in),
+            input_video=rates.get("input_video", plain_in),
+            output_image=rates.get("output_image", plain_out),
+            output_video=rates.get("output_video", plain_out),
         )
 
 
@@ -94,7 +117,7 @@ class Price:
 
     def cost_nano(self, tokens: Mapping[str, int]) -> int:
         """Nano-dollars of a usage (keys as ``Usage.tokens``; ``input`` includes what caches read and wrote)."""
-        if tokens.keys() <= _PLAIN:
+        if _PLAIN.issuperset(tokens):
             read, written = tokens.get("input", 0), tokens.get("output", 0)
             rates = self.rates(read) if self.tiers else self.base
             return (read * rates.input + written * rates.output + MILLION // 2) // MILLION
@@ -107,13 +130,28 @@ class Price:
         long_write = min(write, tokens.get("cache_write_1h", 0))
         audio_in = tokens.get("input_audio", 0)
         audio_out = tokens.get("output_audio", 0)
+        other_in = other_out = rich_in = rich_out = 0
+        if not _RICH.isdisjoint(tokens):
+            # What was cached is in the count of its kind as well, and is paid for as cached.
+            audio_read = min(read, audio_in, tokens.get("cache_read_audio", 0))
+            audio_in -= audio_read
+            image_in = max(0, tokens.get("input_image", 0) - tokens.get("cache_read_image", 0))
+            video_in = max(0, tokens.get("input_video", 0) - tokens.get("cache_read_video", 0))
+            image_out, video_out = tokens.get("output_image", 0), tokens.get("output_video", 0)
+            other_in, other_out = image_in + video_in, image_out + video_out
+            rich_in = image_in * rates.input_image + video_in * rates.input_video
+            rich_in += audio_read * (rates.cache_read_audio - rates.cache_read)
+            rich_out = image_out * rates.output_image + video_out * rates.output_video
         return (
-            max(0, tokens.get("input", 0) - read - write - audio_in) * rates.input
+            max(0, tokens.get("input", 0) - read - write - audio_in - other_in) * rates.input
+            + rich_in
             + read * rates.cache_read
             + (write - long_write) * rates.cache_write
             + long_write * rates.cache_write_1h
             + audio_in * rates.input_audio,
-            max(0, tokens.get("output", 0) - audio_out) * rates.output + audio_out * rates.output_audio,
+            max(0, tokens.get("output", 0) - audio_out - other_out) * rates.output
+            + rich_out
+            + audio_out * rates.output_audio,
             tokens.get("web_search", 0) * rates.web_search,
         )
 
@@ -125,7 +163,8 @@ class Price:
     def dearest(self, input_tokens: int, *, caches: bool, audio: bool) -> tuple[int, int]:
         """The dearest rates of input and output in a request with that many input tokens."""
         rates = self.rates(input_tokens)
-        dearest_in, dearest_out = rates.input, rates.output
+        dearest_in = max(rates.input, rates.input_image, rates.input_video)
+        dearest_out = max(rates.output, rates.output_image, rates.output_video)
         if caches:
             dearest_in = max(dearest_in, rates.cache_write, rates.cache_write_1h)
         if audio:
@@ -174,37 +213,38 @@ class PriceBook:
 
     models: Sequence[_Model]
     source: str = ""
-    _by_name: dict[tuple[str, str], _Model | None] = field(default_factory=dict)
-    _compiled: dict[tuple[int, int, tuple[tuple[str, str], ...]], Price] = field(default_factory=dict)
+    _in_force: dict[tuple[str, str, int, tuple[tuple[str, str], ...]], Price | None] = field(default_factory=dict)
 
     def price(self, provider: str, model: str, unix_ns: int, when: Mapping[str, str] | None = None) -> Price | None:
         """The price in force at ``unix_ns`` (UTC date), None for a model nobody priced.
 
         when: what the request asked for that changes its price, e.g. ``{"service_tier": "priority"}``.
         """
-        found = self._find(provider, model)
-        if found is None:
-            return None
-        facts = tuple(sorted(when.items())) if when else ()
-        key = (id(found), unix_ns // _DAY_NS, facts)
-        price = self._compiled.get(key)
-        if price is None:
-            if len(self._compiled) >= 4096:
-                self._compiled.clear()
-            day = datetime.fromtimestamp(unix_ns // SECOND_NS, UTC).date()
-            price = self._compiled[key] = _price_on(found, day, dict(facts))
-        return price
-
-    def _find(self, provider: str, model: str) -> _Model | None:
+        key = (provider, model, unix_ns // _DAY_NS, tuple(sorted(when.items())) if when else ())
+        try:
+            return self._in_force[key]
+        except KeyError:
+            pass
         if not model or len(model) > MAX_MODEL_NAME:
             return None
-        key = (provider, model)
-        if key not in self._by_name:
-            if len(self._by_name) >= 4096:
-                self._by_name.clear()
-            name = model.lower()
-            self._by_name[key] = next((m for m in self.models if m.provider == provider and m.matches(name)), None)
-        return self._by_name[key]
+        found = self._find(provider, model.lower())
+        day = datetime.fromtimestamp(unix_ns // SECOND_NS, UTC).date()
+        price = None if found is None else _price_on(found, day, dict(key[3]))
+        if len(self._in_force) >= 4096:
+            self._in_force.clear()
+        self._in_force[key] = price
+        return price
+
+    def _find(self, provider: str, name: str) -> _Model | None:
+        also = _PRICED_AS.get(provider, provider)
+        found = self._first(provider, name)
+        if found is None and also in _NUMBERED:
+            plain = re.sub(r"-\d{3}\Z", "", name)
+            found = self._first(also, name) or self._first(provider, plain) or self._first(also, plain)
+        return found
+
+    def _first(self, provider: str, name: str) -> _Model | None:
+        return next((m for m in self.models if m.provider == provider and m.matches(name)), None)
 
     def joined(self, other: PriceBook) -> PriceBook:
         """This book's rows, then the other's."""

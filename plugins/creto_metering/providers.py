@@ -8,10 +8,6 @@ from dataclasses import dataclass
 from creto_hotpath.usage import Dialect
 from creto_proxy.protocols import llm
 
-# Providers with shapes of their own for usage, which nothing here reads: their cost is not known.
-UNREAD = frozenset({"google", "google-vertex", "bedrock", "cohere", "ollama"})
-HOSTS: Mapping[str, str] = {host: name for host, name in llm.HOSTS.items() if name not in UNREAD}
-
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:

@@ -74,5 +74,6 @@ def load_book(settings: Settings, core: Core) -> PriceBook:
     book = load_prices(settings.prices_file) if settings.prices_file else bundled_prices(
         price_directories([core.policies_dir])
     )  # fmt: skip
-    configured = PriceBook([price_row(price.row()) for price in settings.price])
-    return configured.joined(book)
+    named = PriceBook([price_row(price.row()) for price in settings.price if price.model != "*"])
+    others = PriceBook([price_row(price.row()) for price in settings.price if price.model == "*"], book.source)
+    return named.joined(book).joined(others)

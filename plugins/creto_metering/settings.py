@@ -96,7 +96,9 @@ class PriceSettings(_Section):
     """One ``[[metering.price]]``: dollars per million tokens of a model that has no published price, or another."""
 
     provider: str = Field("openai", description="Provider of the model, as in `providers`.")
-    model: str = Field(min_length=1, description="Exact name of the model.")
+    model: str = Field(
+        min_length=1, description='Exact name of the model, or "*" for every model of the provider without a price.'
+    )
     input: Amount = Field(description="Dollars per million input tokens.")
     output: Amount = Field("0", description="Dollars per million output tokens.")
     cache_read: Amount | None = Field(None, description="Dollars per million tokens read from a prompt cache.")
@@ -122,6 +124,7 @@ class PriceSettings(_Section):
         return {
             "provider": self.provider,
             "model": self.model,
+            "match": ["starts_with", ""] if self.model == "*" else ["equals", self.model],
             "context_window": self.context_window,
             "max_output": self.max_output,
             "prices": [version],
@@ -132,7 +135,7 @@ class Settings(_Section):
     """What is metered, what it costs, and what may be spent."""
 
     providers: dict[str, str] = Field(
-        {}, description='Hosts with OpenAI- or Anthropic-compatible paths, and whose prices hold: "llm.x" = "openai".'
+        {}, description='Hosts with paths of a model provider, and whose prices hold: "llm.x" = "openai".'
     )
     budgets: tuple[BudgetSettings, ...] = Field((), description="Limits, all of which must hold.")
     price: tuple[PriceSettings, ...] = Field((), description="Prices that go before those of the price file.")

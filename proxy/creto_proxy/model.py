@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 from creto_hotpath.ask import Ask, Tariff, plain
 
 if TYPE_CHECKING:
+    from creto_hotpath.http1 import ResponseHead
     from creto_hotpath.quota import QuotaPath, QuotaTable
     from creto_hotpath.relay import Tap
 
@@ -219,6 +220,7 @@ class Request:
     trace: the W3C traceparent that came with it when it is well-formed, else "".
     fingerprint: of exactly this action, set by the gate that holds it; policy compares it with the approval's.
     notes: working memory of plugins for this request, keyed by plugin name. Created on first use.
+    answer: the head of what it was answered, once that is there.
     """
 
     id: bytes
@@ -240,6 +242,7 @@ class Request:
     sent_path: str = field(default="", repr=False)
     resource: str = ""
     trace: str = ""
+    answer: ResponseHead | None = field(default=None, repr=False)
     _notes: dict[str, Any] | None = field(default=None, repr=False)
     _asked: tuple[bytes, Ask | None] | None = field(default=None, repr=False)
 

@@ -432,6 +432,7 @@ class Passage:
                 self._upgrade.answered(head)
             except CretoError as error:
                 self._refuse(error)
+        self._request.answer = head
         content_type = readable(head)
         if content_type is None:
             return None

@@ -81,7 +81,7 @@ def test_what_a_plain_body_says(plain: Callable[[bytes], Any], body: bytes, foun
         b'{"stream_options":{"include_usage":true,"x":1}}', b'{"stream_options":{"include_usage":1}}', b'{"max_tokens":null}',
         b'{"max_tokens":1.0}', b'{"max_tokens":1e3}', b'{"max_tokens":-1}', b'{"max_tokens":"5"}', b'{"max_tokens":1000000001}',
         b'{"max_tokens":99999999999999999999}', b'{"n":1000001}', b'{"n":007}', b'{"tools":{}}', b'{"tools":null}', b'{"prompt":"x"}',
-        b'{"service_tier":"auto"}', b'{"speed":"fast"}', b'{"options":{}}', b'{"container":null}', b'{"mcp_servers":[]}',
+        b'{"service_tier":"auto"}', b'{"speed":"fast"}', b'{"options":{}}', b'{"max_gen_len":1}', b'{"generation_config":{}}', b'{"container":null}', b'{"mcp_servers":[]}',
         b'{"conversation":"x"}', b'{"previous_response_id":"x"}', b'{"max_tokens_to_sample":5}', b'{"generationConfig":{}}',
         b'{"a":' + b"[" * 64 + b"]" * 64 + b"}", b"{" + b",".join(b'"a%d":1' % i for i in range(49)) + b"}",
     ],

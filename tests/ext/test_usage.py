@@ -56,8 +56,8 @@ def pieces(data: bytes, cuts: list[int]) -> Iterator[bytes]:
         yield data[start:end]
 
 
-def scan(form: ModuleType, dialect: str, sse: bool, parts: Iterator[bytes] | list[bytes], strip: bool = False) -> Any:
-    scanner = form.UsageScanner(dialect, sse, strip)
+def scan(form: ModuleType, dialect: str, framing: str, parts: Iterator[bytes] | list[bytes], strip: bool = False) -> Any:
+    scanner = form.UsageScanner(dialect, framing, strip)
     sent = [scanner.feed(part) for part in parts]
     sent.append(scanner.finish())
     out = b"".join(sent) if strip else None
@@ -71,8 +71,8 @@ def test_chat_stream_is_counted_wherever_the_network_cuts_it(form: ModuleType, e
     data = chat_stream(with_usage=True, eol=eol)
     expected = (COUNTED, "gpt-4o-mini-2024-07-18", True, True, None)
     for cut in range(len(data) + 1):
-        assert scan(form, "openai", True, [data[:cut], data[cut:]]) == expected
-    assert scan(form, "openai", True, [data[i : i + 1] for i in range(len(data))]) == expected
+        assert scan(form, "openai", "events", [data[:cut], data[cut:]]) == expected
+    assert scan(form, "openai", "events", [data[i : i + 1] for i in range(len(data))]) == expected
 
 
 @both
@@ -82,16 +82,16 @@ def test_client_that_did_not_ask_sees_exactly_the_stream_without_usage(form: Mod
     asked = chat_stream(with_usage=True, eol=eol, first=first)
     plain = chat_stream(with_usage=False, eol=eol, first=first)
     for cut in range(len(asked) + 1):
-        *_, out = scan(form, "openai", True, [asked[:cut], asked[cut:]], strip=True)
+        *_, out = scan(form, "openai", "events", [asked[:cut], asked[cut:]], strip=True)
         assert out == plain
-    *_, out = scan(form, "openai", True, [asked[i : i + 1] for i in range(len(asked))], strip=True)
+    *_, out = scan(form, "openai", "events", [asked[i : i + 1] for i in range(len(asked))], strip=True)
     assert out == plain
 
 
 @both
 def test_stripping_leaves_a_stream_without_usage_alone(form: ModuleType) -> None:
     plain = chat_stream(with_usage=False)
-    assert scan(form, "openai", True, [plain], strip=True)[-1] == plain
+    assert scan(form, "openai", "events", [plain], strip=True)[-1] == plain
 
 
 @both
@@ -119,13 +119,13 @@ def test_only_the_extra_chunk_and_null_usage_are_removed(form: ModuleType, event
     around = 'data: {"choices":[{}]}\n\n'
     expected = around + (event + "\n\n" if sent is None else sent and sent + "\n\n") + around
     given = around + event + "\n\n" + around
-    assert scan(form, "openai", True, [given.encode()], strip=True)[-1] == expected.encode()
+    assert scan(form, "openai", "events", [given.encode()], strip=True)[-1] == expected.encode()
 
 
 @both
 def test_usage_chunk_at_the_end_without_a_blank_line_is_removed_too(form: ModuleType) -> None:
     data = b'data: {"choices":[1]}\n\ndata: {"choices":[],"usage":{"prompt_tokens":1,"completion_tokens":2}}'
-    usage, _, _, _, out = scan(form, "openai", True, [data], strip=True)
+    usage, _, _, _, out = scan(form, "openai", "events", [data], strip=True)
     assert usage == {"input": 1, "output": 2, "total": 3}
     assert out == b'data: {"choices":[1]}\n\n'
 
@@ -136,14 +136,14 @@ def test_event_longer_than_may_be_held_passes_unchanged_and_is_still_counted(for
     data = b'data: {"pad":"' + text + b'","choices":[],"usage":{"prompt_tokens":1,"total_tokens":4}}\n\nrest: 1\n\n'
     for size in (len(data), 100_000, form.MAX_HELD):
         parts = [data[i : i + size] for i in range(0, len(data), size)]
-        usage, _, _, _, out = scan(form, "openai", True, parts, strip=True)
+        usage, _, _, _, out = scan(form, "openai", "events", parts, strip=True)
         assert usage == {"input": 1, "output": 3, "total": 4}
         assert out == data
 
 
 @both
 def test_endless_line_is_passed_on_in_bounded_memory_and_leaves_usage_unknown(form: ModuleType) -> None:
-    scanner = form.UsageScanner("openai", True, True)
+    scanner = form.UsageScanner("openai", "events", True)
     scanner.feed(b'data: {"usage":{"prompt_tokens":')
     waiting = len(b'data: {"usage":{"prompt_tokens":')
     for _ in range(40):
@@ -157,15 +157,15 @@ def test_captured_value_that_is_too_long_leaves_usage_unknown(form: ModuleType) 
     data = b'{"usage":{"x":"' + b"y" * form.MAX_CAPTURE + b'","prompt_tokens":1},"model":"m"}'
     for size in (len(data), 1000):
         parts = [data[i : i + size] for i in range(0, len(data), size)]
-        assert scan(form, "openai", False, parts)[:2] == (None, "m")
+        assert scan(form, "openai", "document", parts)[:2] == (None, "m")
 
 
 @both
 def test_document_nested_too_deeply_is_ignored(form: ModuleType) -> None:
     deep = b'{"usage":{"prompt_tokens":1},"x":' + b"[" * form.MAX_DEPTH + b"]" * form.MAX_DEPTH + b"}"
-    assert scan(form, "openai", False, [deep])[0] is None
+    assert scan(form, "openai", "document", [deep])[0] is None
     fits = b'{"usage":{"prompt_tokens":1},"x":' + b"[" * (form.MAX_DEPTH - 1) + b"]" * (form.MAX_DEPTH - 1) + b"}"
-    assert scan(form, "openai", False, [fits])[0] == {"input": 1}
+    assert scan(form, "openai", "document", [fits])[0] == {"input": 1}
 
 
 ANTHROPIC = (
@@ -188,14 +188,14 @@ def test_anthropic_events_are_merged_field_by_field_and_a_zero_never_clobbers(fo
         "total": 147,
     }  # fmt: skip
     for cut in range(len(ANTHROPIC) + 1):
-        usage, model, final, _, _ = scan(form, "anthropic", True, [ANTHROPIC[:cut], ANTHROPIC[cut:]])
+        usage, model, final, _, _ = scan(form, "anthropic", "events", [ANTHROPIC[:cut], ANTHROPIC[cut:]])
         assert (usage, model, final) == (expected, "claude-sonnet-4-5-20250929", True)
 
 
 @both
 def test_anthropic_stream_cut_before_its_last_word_is_not_final(form: ModuleType) -> None:
     cut = ANTHROPIC[: ANTHROPIC.index(b"event: message_delta")]
-    usage, _, final, last, _ = scan(form, "anthropic", True, [cut])
+    usage, _, final, last, _ = scan(form, "anthropic", "events", [cut])
     assert usage is not None
     assert (usage["output"], final, last) == (1, False, False)
 
@@ -211,7 +211,7 @@ def test_responses_stream_is_counted_from_its_completed_event(form: ModuleType) 
     )
     expected = {"input": 36, "output": 87, "total": 123, "cache_read": 4, "reasoning": 64}
     for cut in range(len(data) + 1):
-        usage, model, final, _, _ = scan(form, "openai-responses", True, [data[:cut], data[cut:]])
+        usage, model, final, _, _ = scan(form, "openai-responses", "events", [data[:cut], data[cut:]])
         assert (usage, model, final) == (expected, "gpt-5-2025-08-07", True)
 
 
@@ -237,8 +237,8 @@ def test_responses_stream_is_counted_from_its_completed_event(form: ModuleType) 
 def test_usage_of_a_json_answer(form: ModuleType, dialect: str, body: Any, expected: dict[str, int] | None) -> None:
     for indent in (None, 2):
         data = json.dumps(body, indent=indent).encode()
-        assert scan(form, dialect, False, [data])[0] == expected
-        assert scan(form, dialect, False, [data[i : i + 1] for i in range(len(data))])[0] == expected
+        assert scan(form, dialect, "document", [data])[0] == expected
+        assert scan(form, dialect, "document", [data[i : i + 1] for i in range(len(data))])[0] == expected
 
 
 @both
@@ -258,8 +258,8 @@ def test_usage_of_a_json_answer(form: ModuleType, dialect: str, body: Any, expec
     ],
 )
 def test_answer_that_is_not_one_object_leaves_usage_unknown(form: ModuleType, body: bytes) -> None:
-    assert scan(form, "openai", False, [body])[0] is None
-    assert scan(form, "openai", False, [body[i : i + 1] for i in range(len(body))])[0] is None
+    assert scan(form, "openai", "document", [body])[0] is None
+    assert scan(form, "openai", "document", [body[i : i + 1] for i in range(len(body))])[0] is None
 
 
 @both
@@ -268,13 +268,13 @@ def test_last_usage_of_an_openai_stream_wins_and_invalid_lines_are_ignored(form:
         b'data: {"usage":{"total_tokens":1},"choices":[{}]}\n\ndata: {broken\n\ndata: nonsense\n'
         b'data: {"usage":{"total_tokens":2},"choices":[{}]}\n\ndata: {"usage":{"total_tokens":3}'
     )
-    assert scan(form, "openai", True, [data]) == ({"total": 2}, "", False, True, None)
+    assert scan(form, "openai", "events", [data]) == ({"total": 2}, "", False, True, None)
 
 
 def test_unknown_dialect_is_refused() -> None:
     for form in FORMS:
         with pytest.raises(ValueError, match="unknown dialect 'smoke'"):
-            form.UsageScanner("smoke", True)
+            form.UsageScanner("smoke", "events")
 
 
 names = st.sampled_from(["usage", "model", "choices", "message", "response", "x", "prompt_tokens"])
@@ -303,7 +303,7 @@ def test_valid_json_is_read_as_a_json_parser_reads_it(document: dict[str, Any], 
     expected = openai_usage(usage_fields(json.dumps(document["usage"]).encode())) or None
     model = document.get("model")
     for form in FORMS:
-        usage, named, *_ = scan(form, "openai", False, pieces(data, cuts))
+        usage, named, *_ = scan(form, "openai", "document", pieces(data, cuts))
         assert (usage, named) == (expected, model if isinstance(model, str) else "")
 
 
@@ -312,16 +312,16 @@ def test_valid_json_is_read_as_a_json_parser_reads_it(document: dict[str, Any], 
     st.lists(noise, max_size=40).map(b"".join),
     st.lists(st.integers(0, 1000), max_size=5),
     st.sampled_from(["openai", "openai-responses", "anthropic"]),
-    st.booleans(),
+    st.sampled_from(["document", "events"]),
     st.booleans(),
 )
 def test_twins_agree_on_anything_cut_anywhere(
-    data: bytes, cuts: list[int], dialect: str, sse: bool, strip: bool
+    data: bytes, cuts: list[int], dialect: str, framing: str, strip: bool
 ) -> None:
-    whole = scan(_usage_py, dialect, sse, [data], strip)
+    whole = scan(_usage_py, dialect, framing, [data], strip)
     for form in FORMS:
-        assert scan(form, dialect, sse, [data], strip) == whole
-        assert scan(form, dialect, sse, pieces(data, cuts), strip) == whole
+        assert scan(form, dialect, framing, [data], strip) == whole
+        assert scan(form, dialect, framing, pieces(data, cuts), strip) == whole
 
 
 @settings(max_examples=100, deadline=None)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
+import resource
 import socket
 import struct
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -602,13 +604,13 @@ def test_a_factory_that_fails_is_reported(form: Form) -> None:
         runner.run(scene())
 
 
-@contextlib.asynccontextmanager
-async def _without_descriptors() -> AsyncIterator[None]:
-    import resource
-
+@contextlib.contextmanager
+def _without_descriptors() -> Iterator[None]:
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    taken = len(os.listdir("/proc/self/fd"))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (taken - 1, limits[1]))
+    lowest = os.dup(0)
+    os.close(lowest)
+    # A new one has the lowest number that is free.
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, limits[1]))
     try:
         yield
     finally:
@@ -626,9 +628,10 @@ def test_without_descriptors_the_others_wait(form: Form) -> None:
             far.setblocking(False)
             with contextlib.suppress(BlockingIOError):
                 far.connect(address)
-            async with _without_descriptors():
-                while not stage.errors:
-                    await asyncio.sleep(0.001)
+            with _without_descriptors():
+                async with asyncio.timeout(30):
+                    while not stage.errors:
+                        await asyncio.sleep(0.001)
             await stage.send(far, b"patience")
             assert await stage.read(far, 8) == b"patience"
         assert "out of system resource" in stage.errors[0]["message"]
@@ -657,7 +660,5 @@ def test_descriptors_do_not_outlive_the_loop(form: Form) -> None:
         with asyncio.Runner(loop_factory=factory) as runner:
             runner.run(scene())
         del runner
-    import gc
-
     gc.collect()
     assert set(os.listdir("/proc/self/fd")) <= before

@@ -70,6 +70,18 @@ _JSON = (
     b'"\\',
     *(bytes((byte,)) for byte in b'{}[],:" \t\r\n\\'),
 )
+_USAGE = (
+    b'"usageMetadata":{"promptTokenCount":1,"totalTokenCount":3}',
+    b'"cachedContentTokenCount":1',
+    b'"promptTokensDetails":[{"modality":"AUDIO","tokenCount":1}]',
+    b'"usage":{"inputTokens":1,"outputTokens":2,"cacheDetails":[{"ttl":"1h","inputTokens":1}]}',
+    b'"amazon-bedrock-invocationMetrics":{"inputTokenCount":1}',
+    b'"bytes":"eyJwcm9tcHRfdG9rZW5fY291bnQiOjF9"',
+    b'"meta":{"billed_units":{"input_tokens":1}}',
+    b'"delta":{',
+    b'"prompt_eval_count":1,"eval_count":2',
+    b'"done":true',
+)
 _STREAM = (b"data:", b"data: ", b"event: x\n", b": c\n", b"\n\n", b"\r\n\r\n", b"\r\r", b"data: [DONE]\n\n", b"\xef\xbb\xbf", b"id")
 _PATHS = (b"/", b"//", b"/./", b"/../", b"..;/", b"%2e", b"%2F", b"%5c", b"\\", b"%25", b"%252e", b"%00", b";a=b", b"%C0%AE", b"%zz", b"A")
 _PACKED = (b"\xc0", b"\xc2", b"\xc3", b"\x80", b"\x81", b"\x90", b"\xdc\x00\x01", b"\xde\x00\x01", b"\xc7\x00\x01", b"\xd6\xff\0\0\0\0", b"\xcb" + bytes(8))
@@ -91,6 +103,7 @@ TARGETS = {
         Target("edits", messages.check_edits, (*_MARKS, b"=", b"Authorization", b"Host", b"x-a", b"Content-Length", b"\xc3\xa9", b"\xe2\x82\xac")),
         Target("usage_document", documents.check_usage_document, _JSON),
         Target("usage_stream", documents.check_usage_stream, (*_JSON, *_STREAM)),
+        Target("usage_native", documents.check_usage_native, (*_JSON, *_STREAM, *_USAGE, *_NUMBERS)),
         Target("members", documents.check_members, _JSON),
         Target("pointer", documents.check_pointer, (*_JSON, b'"a":', b'"a/b":', b'"\\u006dodel":1', b'""')),
         Target("path", documents.check_path, _PATHS),

@@ -16,7 +16,7 @@ from .targets import TARGETS
 
 MESSAGES = int(os.environ.get("CRETO_FUZZ_MESSAGES", "300"))
 # One target call makes some hundred calls into the compiled module, because each message is also given cut.
-COMPILED = ("request", "response", "chunked", "counted", "edits", "usage_document", "usage_stream", "members", "journal", "jsonrpc", "h2")  # fmt: skip
+COMPILED = ("request", "response", "chunked", "counted", "edits", "usage_document", "usage_stream", "usage_native", "members", "journal", "jsonrpc", "h2")  # fmt: skip
 # The C library counts what it keeps in hand as used. The smallest leak loses 16 bytes in each of 30,000 calls.
 IN_HAND = 128 << 10
 

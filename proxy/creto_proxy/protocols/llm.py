@@ -48,8 +48,8 @@ HOSTS: Mapping[str, str] = {
 # Hosts with a region in the middle of their names.
 _AWS = r"(?:vpce\.)?(?:amazonaws\.com(?:\.cn)?|api\.aws)\Z"
 _REGIONAL: tuple[tuple[re.Pattern[str], str], ...] = (
-    (re.compile(r"[a-z0-9-]+-aiplatform\.googleapis\.com\Z"), "google-vertex"),
-    (re.compile(r"(?:[a-z0-9-]+\.)?bedrock-runtime(?:-fips)?\.[a-z0-9-]+\." + _AWS), "bedrock"),
+    (re.compile(r"(?:[a-z0-9-]+-aiplatform|aiplatform\.[a-z0-9-]+\.rep)\.googleapis\.com\Z"), "google-vertex"),
+    (re.compile(r"(?:[a-z0-9-]+\.)?bedrock-(?:runtime(?:-fips)?|mantle)\.[a-z0-9-]+\." + _AWS), "bedrock"),
 )
 
 # How a path ends -> what it does, and how the usage in its answer is written (None: not in a way that is read here).
@@ -63,19 +63,23 @@ _ENDINGS: tuple[tuple[str, str, Dialect | None], ...] = (
     (r"/embeddings", "embedding", "openai"),
     (r"/responses", "responses", "openai-responses"),
     (r"/v1/messages", "messages", "anthropic"),
-    (r"/(?:models|tunedModels|endpoints)/(?P<model>[^/:]+):generateContent", "chat", None),
-    (r"/(?:models|tunedModels|endpoints)/(?P<model>[^/:]+):(?P<stream>streamGenerateContent)", "chat", None),
+    (r"/(?:models|tunedModels|endpoints)/(?P<model>[^/:]+):generateContent", "chat", "gemini"),
+    (r"/(?:models|tunedModels|endpoints)/(?P<model>[^/:]+):(?P<stream>streamGenerateContent)", "chat", "gemini"),
+    (r"/anthropic/models/(?P<model>[^/:]+):(?:rawPredict|(?P<stream>streamRawPredict))", "chat", "anthropic"),
+    (r"/mistralai/models/(?P<model>[^/:]+):(?:rawPredict|(?P<stream>streamRawPredict))", "chat", "openai"),
     (r"/models/(?P<model>[^/:]+):(?:rawPredict|(?P<stream>streamRawPredict))", "chat", None),
     (r"/(?:models|endpoints)/(?P<model>[^/:]+):(?:predict|predictLongRunning)", "predict", None),
-    (r"/models/(?P<model>[^/:]+):(?:embedContent|batchEmbedContents|asyncBatchEmbedContent)", "embedding", None),
-    (r"/model/(?P<model>[^/]+)/(?:invoke|converse)", "chat", None),
-    (r"/model/(?P<model>[^/]+)/(?P<stream>invoke-with-response-stream|converse-stream)", "chat", None),
-    (r"/v[12]/chat", "chat", None),
-    (r"/v[12]/embed", "embedding", None),
+    (r"/models/(?P<model>[^/:]+):(?:embedContent|batchEmbedContents)", "embedding", "gemini"),
+    (r"/models/(?P<model>[^/:]+):asyncBatchEmbedContent", "embedding", None),
+    (r"/model/(?P<model>[^/]*embed[^/]*)/invoke", "embedding", "bedrock"),
+    (r"/model/(?P<model>[^/]+)/(?:invoke|converse)", "chat", "bedrock"),
+    (r"/model/(?P<model>[^/]+)/(?P<stream>invoke-with-response-stream|converse-stream)", "chat", "bedrock"),
+    (r"/v[12]/chat", "chat", "cohere"),
+    (r"/v[12]/embed", "embedding", "cohere"),
     (r"/v[12]/rerank", "rerank", None),
-    (r"/api/chat", "chat", None),
-    (r"/api/generate", "completion", None),
-    (r"/api/embed(?:dings)?", "embedding", None),
+    (r"/api/chat", "chat", "ollama"),
+    (r"/api/generate", "completion", "ollama"),
+    (r"/api/embed(?:dings)?", "embedding", "ollama"),
 )
 _OPERATIONS = tuple((re.compile(ending + "$"), operation, dialect) for ending, operation, dialect in _ENDINGS)
 
@@ -83,7 +87,7 @@ _OPERATIONS = tuple((re.compile(ending + "$"), operation, dialect) for ending, o
 _FREE = re.compile(
     r"/(messages/count_tokens|responses/input_tokens|responses/[\w-]+/cancel|chat/completions/[\w-]+|moderations|files"
     r"|uploads|uploads/[\w-]+/(parts|complete|cancel)|conversations|conversations/[\w-]+(/items)?"
-    r"|models/[^/:]+:countTokens|model/[^/]+/count-tokens|v1/tokenize|v1/detokenize|api/show)$"
+    r"|models/[^/:]+:countTokens|models/count-tokens:rawPredict|model/[^/]+/count-tokens|v1/tokenize|v1/detokenize|api/show)$"
 )
 _READS = frozenset({"GET", "HEAD", "OPTIONS", "DELETE"})
 # Hosts and paths whose meaning is kept; agents meet few, and may make up many.
@@ -91,9 +95,11 @@ _REMEMBERED = 1024
 
 # Names that limit the answer, by the object they stand in; the largest counts, since servers differ in which they obey.
 _LIMITS: Mapping[str, tuple[str, ...]] = {
-    "": ("max_tokens", "max_completion_tokens", "max_output_tokens", "max_tokens_to_sample"),
-    "generationConfig": ("maxOutputTokens",),
-    "inferenceConfig": ("maxTokens",),
+    "": ("max_tokens", "max_completion_tokens", "max_output_tokens", "max_tokens_to_sample", "max_gen_len"),
+    "generationConfig": ("maxOutputTokens", "max_output_tokens"),
+    "generation_config": ("maxOutputTokens", "max_output_tokens"),
+    "inferenceConfig": ("maxTokens", "max_new_tokens"),
+    "textGenerationConfig": ("maxTokenCount",),
     "options": ("num_predict",),
 }
 _TOOLS: Mapping[str, tuple[str, ...]] = {"": ("tools", "functions"), "toolConfig": ("tools",)}

@@ -19,10 +19,19 @@ from creto_metering.ask import estimate_tokens
 from creto_metering.meter import reconcile
 from creto_metering.money import nano_usd, usd
 from creto_metering.prices import MILLION, PriceBook, price_row
-from creto_metering.providers import HOSTS
+from creto_proxy.protocols import llm
 
 DIRECTORY = Path(os.environ.get("CRETO_CASES_DIR") or Path(__file__).parents[2] / "cases")
-DIALECTS: dict[str, Dialect] = {**dict.fromkeys(HOSTS.values(), "openai"), "anthropic": "anthropic"}
+DIALECTS: dict[str, Dialect] = {
+    **dict.fromkeys((*llm.HOSTS.values(), "vllm"), "openai"),
+    **dict.fromkeys(("google", "google-vertex", "gemini", "vertex"), "gemini"),
+    **dict.fromkeys(("aws", "bedrock"), "bedrock"),
+    "anthropic": "anthropic",
+    "cohere": "cohere",
+    "ollama": "ollama",
+}
+# Where the usage stands in an answer that is one document; at Ollama it is spread over the document.
+ROOTS: dict[str, str] = {"gemini": "usageMetadata"}
 NAMES = {
     "input_tokens": "input",
     "output_tokens": "output",
@@ -32,6 +41,11 @@ NAMES = {
     "reasoning_tokens": "reasoning",
     "input_audio_tokens": "input_audio",
     "output_audio_tokens": "output_audio",
+    "output_reasoning_tokens": "reasoning",
+    "cache_audio_read_tokens": "cache_read_audio",
+    "cache_write_1h_tokens": "cache_write_1h",
+    "input_image_tokens": "input_image",
+    "output_image_tokens": "output_image",
 }
 RATES = {
     "input": "input",
@@ -43,6 +57,9 @@ RATES = {
     "input_audio": "input_audio",
     "output_audio": "output_audio",
     "web_search_per_k": "web_search",
+    "cache_audio_read": "cache_read_audio",
+    "input_image": "input_image",
+    "output_image": "output_image",
 }
 
 
@@ -59,8 +76,10 @@ def dialect_of(given: dict[str, Any], usage: dict[str, Any]) -> Dialect:
 
 
 def scanned(given: dict[str, Any]) -> dict[str, int]:
-    scanner = UsageScanner(dialect_of(given, given["usage"]), False)
-    scanner.feed(json.dumps({"model": "m", "usage": given["usage"]}).encode())
+    dialect = dialect_of(given, given["usage"])
+    usage = given["usage"] if dialect == "ollama" else {ROOTS.get(dialect, "usage"): given["usage"]}
+    scanner = UsageScanner(dialect, "document")
+    scanner.feed(json.dumps({"model": "m", **usage}).encode())
     scanner.finish()
     assert scanner.usage is not None
     return scanner.usage
@@ -103,7 +122,7 @@ def sse_usage(given: dict[str, Any], expect: Any) -> None:
     chunks = [chunk.encode() for chunk in given["chunks"]]
     whole = b"".join(chunks)
     for parts in (chunks, [whole], [whole[i : i + 1] for i in range(len(whole))]):
-        scanner = UsageScanner(dialect_of(given, {}), True)
+        scanner = UsageScanner(dialect_of(given, {}), "lines" if dialect_of(given, {}) == "ollama" else "events")
         for part in parts:
             scanner.feed(part)
         scanner.finish()

@@ -95,7 +95,7 @@ def test_unknown_names_have_no_price_and_are_not_remembered_without_bound() -> N
     for n in range(5000):
         assert prices.price("p", f"m{n}", 0) is None
     assert prices.price("p", "M", 0) is not None
-    assert len(prices._by_name) <= 4096
+    assert len(prices._in_force) <= 4096
 
 
 @pytest.mark.parametrize(
