@@ -7,6 +7,7 @@ on each of N streams it writes an event of about 200 bytes every 10 ms, staggere
 event has been read on the other side. What a proxy adds is its percentile minus that of the direct connection in the
 same turn; turns alternate. The real ``creto sidecar`` with its default plugins and a budget: once as a stream that is
 relayed, once as the answer of a model whose usage is read from the events. nginx stands beside it with buffering off.
+The cores are kept awake: between two events they would halt, and what is measured would be how they wake up.
 CRETO_BENCH_SECONDS and CRETO_BENCH_ROUNDS lengthen it; a turn has CRETO_BENCH_EVENTS at least, 1,000 by default.
 """
 
@@ -202,6 +203,7 @@ def routes(tmp_path: Path) -> Iterator[tuple[list[Route], socket.socket]]:
             stack.enter_context(harness.nginx(tmp_path / "nginx", http, beside, harness.PROXY_CPU))
             _turn_away(listener)
             ways.append(Route("nginx, buffering off", beside, GET % b"/events"))
+        stack.enter_context(harness.awake(harness.CPUS))
         mine = os.sched_getaffinity(0)
         os.sched_setaffinity(0, {harness.CLIENT_CPU})
         try:

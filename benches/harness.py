@@ -15,6 +15,7 @@ import signal
 import socket
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -110,6 +111,29 @@ def running(command: Sequence[str], port: int, cpu: int, env: Mapping[str, str] 
         try:
             process.wait(10)
         except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+SPIN = """
+import os, sys
+os.sched_setaffinity(0, {int(sys.argv[1])})
+os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+while True: pass
+"""
+
+
+@contextmanager
+def awake(cpus: Sequence[int]) -> Iterator[None]:
+    """Keeps those cores from halting, by something that runs only when nothing else does.
+
+    A virtual machine takes longer to wake a halted core than any proxy takes for a message, and not always as long.
+    """
+    spinning = [subprocess.Popen([sys.executable, "-c", SPIN, str(cpu)]) for cpu in cpus]
+    try:
+        yield
+    finally:
+        for process in spinning:
             process.kill()
             process.wait()
 

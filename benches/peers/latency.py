@@ -1,7 +1,8 @@
 """How long does a request take at the 99th percentile, over one connection and over fifty, beside haproxy?
 
-Twice: with wrk, each connection asking again as soon as it is answered, which at fifty connections measures a proxy at
-its limit; and with h2load at one constant rate for all, below every peer's limit, which is what an agent sees.
+Twice with h2load, which notes what each request took: each connection asking again as soon as it is answered, which
+at fifty connections measures a proxy at its limit; and at one constant rate for all, below every peer's limit, which
+is what an agent sees. (wrk's percentiles are none of requests: it adds some that it takes for left out, and none was.)
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from peers import creto, programs
-from peers.load import Client, Load, Say, compare, middle
+from peers.load import Client, Say, middle
 from peers.settings import Settings, started
 
 CONNECTIONS = (1, 50)
 # The constant rate, as a share of what the slowest peer answered as fast as it could.
 SHARE = 0.4
-# A percentile of one round at that rate hangs on a few dozen requests and on what the machine did meanwhile.
+# A percentile of one round hangs on a few dozen requests and on what the machine did meanwhile.
 STEADY_ROUNDS = 3
 
 
@@ -31,25 +32,26 @@ def measure(folder: Path, settings: Settings, say: Say) -> dict[str, Any]:
         peers = [programs.Peer("no proxy", to.plain, None), *rivals, sidecar.peer()]
         loads = []
         for connections in CONNECTIONS:
-            load = Load(f"GET 1 KiB, {connections} connection{'s'[: connections > 1]}, as fast as it goes", connections)
-            rows = compare(client, peers, load, *settings.rounds_of(say))
-            loads.append({"title": load.title, "rows": rows})
+            what = f"GET 1 KiB, {connections} connection{'s'[: connections > 1]}"
+            title = f"{what}, as fast as it goes"
+            rows = timed(client, peers, connections, None, settings, say, title)
+            loads.append({"title": title, "rows": rows})
             rate = float(round(SHARE * min(row["per_second"][0] for row in rows), -2)) or 100.0
-            title = f"GET 1 KiB, {connections} connection{'s'[: connections > 1]}, {rate:,.0f} requests/s"
-            loads.append({"title": title, "rows": steady(client, peers, connections, rate, settings, say, title)})
+            title = f"{what}, {rate:,.0f} requests/s"
+            loads.append({"title": title, "rows": timed(client, peers, connections, rate, settings, say, title)})
     return {"loads": loads, "missing": missing}
 
 
-def steady(
+def timed(
     client: Client,
     peers: list[programs.Peer],
     connections: int,
-    rate: float,
+    rate: float | None,
     settings: Settings,
     say: Say,
     title: str,
 ) -> list[dict[str, Any]]:
-    """Rows of percentiles over alternating rounds at a constant rate."""
+    """Rows of percentiles over alternating rounds, at a constant rate or without one."""
     taken: dict[str, list[tuple[list[int], float, int]]] = {peer.name: [] for peer in peers}
     turns = STEADY_ROUNDS * settings.rounds
     for turn in range(turns):

@@ -188,13 +188,15 @@ class Client:
             command += ["-H", f"Host: {NAME}"]
         return self._measured(peer, [*command, peer.url(load.path)], whole, _read_wrk)
 
-    def h2load(self, peer: Peer, connections: int, rate: float, seconds: float) -> tuple[Round, list[int]]:
-        """One round of GET at ``rate`` requests per second in all, and the microseconds each of them took."""
+    def h2load(self, peer: Peer, connections: int, rate: float | None, seconds: float) -> tuple[Round, list[int]]:
+        """One round of GET at ``rate`` requests per second in all, None: as fast as it goes, and the microseconds each
+        of them took."""
         log = self._folder / "requests.tsv"
         log.unlink(missing_ok=True)
         # fmt: off
         command = [
-            program("h2load", "nghttp2-client"), "--h1", "-t1", f"-c{connections}", f"--rps={rate / connections:.3f}",
+            program("h2load", "nghttp2-client"), "--h1", "-t1", f"-c{connections}",
+            *([] if rate is None else [f"--rps={rate / connections:.3f}"]),
             f"-D{max(1, round(seconds))}", "--warm-up-time=1", f"--log-file={log}", peer.url("/"),
         ]
         # fmt: on

@@ -74,10 +74,11 @@ def latency_section(answers: Row) -> Iterator[str]:
     yield "## How long does a request take?"
     yield ""
     yield from prose(
-        "As fast as it goes (wrk): each connection asks again as soon as it is answered, which at fifty connections",
-        "measures a proxy at its limit. At a constant rate (h2load, which sends what is due every 10 ms): the same",
-        "rate for all, 40 % of what the slowest of them answered, in more rounds. *No proxy* is what the machine and",
-        "the client add by themselves. Percentiles are taken round by round; given is their median, least and most.",
+        "Asked by h2load, from what it notes of each request. As fast as it goes: each connection asks again as",
+        "soon as it is answered, which at fifty connections measures a proxy at its limit. At a constant rate, of",
+        "which what is due is sent every 10 ms: the same for all, 40 % of what the slowest of them answered. *No",
+        "proxy* is what the machine and the client add by themselves. Percentiles are taken round by round; given is",
+        "their median, least and most.",
     )
     for load in answer["loads"]:
         yield f"### {load['title']}"
