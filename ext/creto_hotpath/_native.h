@@ -248,13 +248,15 @@ static inline void cr_gcra_add(int64_t *ns, int64_t *frac, int64_t q, int64_t pe
     *frac = (int64_t)(sum - whole * (uint64_t)count);
 }
 
-/* Raising both thresholds keeps freed blocks of a few hundred KiB inside the heap. uvloop reads TLS through 256 KiB
- * buffers; at glibc's defaults each one is an mmap + mremap + munmap, which doubles the CPU of a TLS connection
- * (33 us against 16 us per request, bimodal because the threshold adapts). Setting them also stops the adaptation. */
+/* What is received in one piece (128 KiB) stays inside the heap: at glibc's defaults each such block is an mmap and a
+ * munmap. Whole batches of records, of which one thread makes a few a second, are given back to the system instead: kept,
+ * they would leave holes in the heap that grow for as long as the process lives. Setting the thresholds stops glibc from
+ * adapting them. A heap for each thread is another for such holes. */
 static inline void cr_tune_malloc(void) {
 #if defined(__GLIBC__)
-    mallopt(M_MMAP_THRESHOLD, 8 << 20);
-    mallopt(M_TRIM_THRESHOLD, 16 << 20);
+    mallopt(M_MMAP_THRESHOLD, 1 << 20);
+    mallopt(M_TRIM_THRESHOLD, 4 << 20);
+    mallopt(M_ARENA_MAX, 2);
 #endif
 }
 

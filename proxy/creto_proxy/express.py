@@ -200,13 +200,14 @@ class Lanes:
 
     def _metered(self, plugin: str, metering: Metering) -> Metered:
         """What the lane does with a model request besides."""
+        call, look, account = self._guard.call, metering.tap, metering.account
 
         def watch(exchange: Exchange, head: ResponseHead) -> Tap | None:
             content_type = readable(head)
             if content_type is None:
                 return None
             try:
-                tap = self._guard.call(plugin, "meter", metering.tap, content_type)
+                tap = call(plugin, "meter", look, content_type)
             except StageFailed:
                 return None  # the request has been answered and must be paid for: its usage is then unknown
             return None if tap is None else guarded(plugin, tap, self._guard)
@@ -216,7 +217,7 @@ class Lanes:
         ) -> tuple[tuple[int, int, int] | None, bytes]:
             found = unguarded(tap)
             try:
-                actual, usage = self._guard.call(plugin, "meter", metering.account, found, status, completed, held)
+                actual, usage = call(plugin, "meter", account, found, status, completed, held)
             except StageFailed:
                 return None, encode_usage(Usage(certainty="unknown"))
             return actual, encode_usage(usage)
