@@ -20,7 +20,6 @@ from typing import NamedTuple
 from creto_hotpath.journal import JournalBusy, JournalCorrupt, payload_at, read_frames, recover, segments
 from creto_hotpath.records import Records
 from creto_proxy.audit import decode
-from creto_proxy.background import stand_back
 from creto_proxy.batch import LAYOUT, Batch
 from creto_proxy.hookspecs import Consumer
 from creto_proxy.model import Outcome
@@ -34,6 +33,8 @@ _WINDOW = 4 << 20
 # How often other processes' journals are looked at. Ledger and audit log are synced per batch, so a little patience is
 # worth hundreds of records in one.
 GATHER_S = 0.2
+# Niceness of the thread that derives while others serve: on a full machine requests go first.
+BEHIND = 10
 # How often a process that lives long looks for journals of others that have died.
 ADOPT_EVERY_S = 5.0
 # Consumers are derived state: a failing one is retried, ever more slowly, while the journal keeps everything.
@@ -135,7 +136,7 @@ class Replay:
 
     def _run(self) -> None:
         if self._patience_s is not None:
-            stand_back()
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), BEHIND)
         while True:
             stopping = self._stop.is_set()
             self.wake.clear()
