@@ -92,7 +92,8 @@ def opening(answers: Row, found: Sequence[Bar], plotted: bool) -> Iterator[str]:
         ("what", "at least", "measured", "holds"), [(bar.what, bar.least, bar.measured, verdict(bar)) for bar in found]
     )
     if missed := [bar for bar in found if bar.holds is False]:
-        yield from prose("Not reached, and by how much ([what the profile says](#what-the-profile-says)):")
+        said = " ([what the profile says](#what-the-profile-says))" if "profile" in answers else ""
+        yield from prose(f"Not reached, and by how much{said}:")
         yield from bullets([f"{bar.what}: {bar.by or bar.measured}." for bar in missed])
     if unknown := [bar for bar in found if bar.holds is None]:
         yield from prose("Not decided:")

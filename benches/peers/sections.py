@@ -200,7 +200,7 @@ def profile_section(answers: Row) -> Iterator[str]:
     yield from prose(
         f"{answer['samples']:,} samples by py-spy in {answer['seconds']} s of {answer['title']}, in the process that",
         "carries the requests, compiled and system code included; waiting left out. A system call counts for the",
-        f"call, so `write` and `read` are the kernel's TCP. By thread: {threads}. The thread that carries requests,",
+        f"call, so `send` and `recv` are the kernel's TCP. By thread: {threads}. The thread that carries requests,",
         "by the function that was running, and by creto's own functions with all they called:",
     )
     pairs = itertools.zip_longest(answer["running"], answer["within"])
