@@ -48,6 +48,7 @@ cdef class Wire(Watched):
     cdef int flush(self) except -1
     cdef int consume(self, Py_ssize_t size) except -1
     cdef int press(self) except -1
+    cdef int tell(self, str what) except -1
     cdef int failed(self, int number) except -1
     cdef int lose(self, error) except -1
     cdef int crashed(self, str what, error) except -1

@@ -406,10 +406,7 @@ cdef class Wire(Watched):
         self.settle()
         if self.blocked and self.queued <= self.low:
             self.blocked = False
-            try:
-                self.protocol.resume_writing()
-            except BaseException as error:
-                self.crashed("resume_writing", error)
+            self.tell("resume_writing")
         return 0
 
     cdef int consume(self, Py_ssize_t size) except -1:
@@ -434,10 +431,14 @@ cdef class Wire(Watched):
         """Asks the protocol to write no more when too much is waiting."""
         if self.queued > self.high and not self.blocked and not self.lost:
             self.blocked = True
-            try:
-                self.protocol.pause_writing()
-            except BaseException as error:
-                self.crashed("pause_writing", error)
+            self.tell("pause_writing")
+        return 0
+
+    cdef int tell(self, str what) except -1:
+        try:
+            getattr(self.protocol, what)()
+        except BaseException as error:
+            self.crashed(what, error)
         return 0
 
     cdef int failed(self, int number) except -1:

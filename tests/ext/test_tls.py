@@ -29,6 +29,7 @@ from hypothesis import strategies as st
 from creto_proxy.tls import CertificateAuthority
 
 from .conftest import FORMS, Form
+from .ear import Ear
 from .test_relay import KEY, World, ask, get
 
 NAME = "up.test"
@@ -83,56 +84,6 @@ def form(request: pytest.FixtureRequest) -> Iterator[Form]:
 @pytest.fixture(params=VERSIONS)
 def version(request: pytest.FixtureRequest) -> str:
     return str(request.param)
-
-
-class Ear(asyncio.Protocol):
-    """A protocol that notes what it is told. answer: writes back what it receives."""
-
-    def __init__(self, answer: bool = False) -> None:
-        self.answer = answer
-        self.told: list[str] = []
-        self.received = bytearray()
-        self.lost: BaseException | None = None
-        self.transport: Any = None
-        self.changed = asyncio.Event()
-
-    def connection_made(self, transport: Any) -> None:
-        self.transport = transport
-        self.tell("made")
-
-    def data_received(self, data: bytes) -> None:
-        assert type(data) is bytes and data
-        self.received += data
-        self.tell("data")
-        if self.answer:
-            self.transport.write(data)
-
-    def eof_received(self) -> bool:
-        self.tell("eof")
-        return False
-
-    def pause_writing(self) -> None:
-        self.tell("pause")
-
-    def resume_writing(self) -> None:
-        self.tell("resume")
-
-    def connection_lost(self, exc: BaseException | None) -> None:
-        self.lost = exc
-        self.tell("lost")
-
-    def tell(self, what: str) -> None:
-        if not self.told or self.told[-1] != what:
-            self.told.append(what)
-        self.changed.set()
-
-    def is_lost(self) -> bool:
-        return self.told[-1:] == ["lost"]
-
-    async def until(self, happened: Callable[[], bool]) -> None:
-        while not happened():
-            self.changed.clear()
-            await self.changed.wait()
 
 
 class Peer:

@@ -69,6 +69,13 @@ def governed(directory: Path, *policies: str, upstream: int) -> Iterator[str]:
     (directory / "policies" / "sdk.cedar").write_text("\n".join(policies))
     file = directory / "creto.toml"
     file.write_text(CONFIG.format(directory=directory, upstream=upstream))
+    with in_front(file) as (_, port):
+        yield f"http://127.0.0.1:{port}/up"
+
+
+@contextlib.contextmanager
+def in_front(file: Path) -> Iterator[tuple[Service, int]]:
+    """A creto with that configuration, and the port at which an agent reaches its reverse routes."""
     service: Service = assemble(*configure(file, environ={}), run="sdk", authority=CertificateAuthority())
     listener = socket.create_server(("127.0.0.1", 0))
 
@@ -80,7 +87,7 @@ def governed(directory: Path, *policies: str, upstream: int) -> Iterator[str]:
             await asyncio.Event().wait()
 
     with listener, in_thread(serve, asyncio.new_event_loop):
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}/up"
+        yield service, listener.getsockname()[1]
 
 
 @contextlib.contextmanager

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import http.server
 import json
-import socket
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +17,9 @@ import pytest
 
 from creto_proxy.audit import outcomes
 from creto_proxy.model import Outcome, Usage
-from creto_proxy.plugins import configure
-from creto_proxy.service import Service, assemble
-from creto_proxy.tls import CertificateAuthority
+from creto_proxy.service import Service
 
-from .sdk_lab import in_thread
+from .sdk_lab import in_front
 
 PROVIDERS = {"gemini": "google", "bedrock": "bedrock", "cohere": "cohere", "ollama": "ollama", "vllm": "openai"}
 CONFIG = """
@@ -81,7 +77,7 @@ class Lab:
         return found[-1].usage
 
     def _outcomes(self) -> list[Outcome]:
-        return list(outcomes(self._service.state / "journal", "w"))
+        return list(outcomes(self._service.state / "journal", "sdk"))
 
 
 def origin(received: list[tuple[str, Any]], answers: list[Answer]) -> http.server.ThreadingHTTPServer:
@@ -116,18 +112,8 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:
-        service = assemble(*configure(_written(directory, server.server_address[1]), environ={}), run="w", authority=CertificateAuthority())
-        listener = socket.create_server(("127.0.0.1", 0))
-
-        async def serve(started: Callable[[], None]) -> None:
-            async with service.running():
-                service.attach("w", "tester")
-                await service.gateway.listen_proxy(listener, "w", "reverse")
-                started()
-                await asyncio.Event().wait()
-
-        with listener, in_thread(serve, asyncio.new_event_loop):
-            yield Lab(service, listener.getsockname()[1], received, answers)
+        with in_front(_written(directory, server.server_address[1])) as (service, port):
+            yield Lab(service, port, received, answers)
     finally:
         server.shutdown()
         server.server_close()
